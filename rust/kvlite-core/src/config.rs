@@ -1,0 +1,71 @@
+//! `CoreConfig`: every limit of the core, with its unit, validated once.
+//!
+//! Owns the numbers that size arenas, tables and queues; after `validate` every other module trusts them.
+//! Knows neither models nor bytes: Python turns a memory budget into `num_blocks`.
+
+use crate::error::CoreError;
+
+/// Order in which waiting requests are admitted; see `sched::policy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyKind {
+    /// Arrival order, shifted by priority.
+    Fcfs,
+}
+
+/// Limits of one core. Public limits keep the spelling that vLLM's users know.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    /// Blocks in the pool.
+    pub num_blocks: u32,
+    /// Tokens per block.
+    pub block_size: u32,
+    /// Sequences that run at once; also the number of rows in the device tables (one more is reserved for padding).
+    pub max_num_seqs: u32,
+    /// Tokens per plan.
+    pub max_num_batched_tokens: u32,
+    /// Longest prompt plus output of one sequence, tokens.
+    pub max_model_len: u32,
+    /// Requests that wait at once; one more is refused.
+    pub max_num_waiting: u32,
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Whether completed blocks stay in the tree for later requests.
+    pub enable_prefix_caching: bool,
+    /// Admission order.
+    pub policy: PolicyKind,
+    /// Context length at which attention costs a token as much as the linear layers do; prices prefill chunks.
+    pub attention_cost_tokens: u32,
+    /// Output tokens for which admission sets room aside per running sequence.
+    pub reserve_tokens: u32,
+    /// Share of the pool that admission may promise (theta), 0 < ratio <= 1.
+    pub watermark_ratio: f64,
+    /// Seed of the tree's hash table. No decision depends on it; it only makes chosen collisions hard.
+    pub hash_seed: u64,
+}
+
+impl CoreConfig {
+    /// Blocks that one sequence of `max_model_len` tokens needs.
+    pub fn max_blocks_per_seq(&self) -> u32 {
+        self.max_model_len.div_ceil(self.block_size)
+    }
+
+    /// Checks every limit; the error names the field, its value and the allowed range.
+    pub fn validate(&self) -> Result<(), CoreError> {
+        let range = |field: &'static str, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) { Ok(()) } else { Err(CoreError::Config { field, value, low, high }) }
+        };
+        range("block_size", self.block_size.into(), 1, 1024)?;
+        range("num_blocks", self.num_blocks.into(), 1, (i32::MAX as u64) / u64::from(self.block_size))?;
+        range("max_num_seqs", self.max_num_seqs.into(), 1, 1 << 16)?;
+        range("max_num_batched_tokens", self.max_num_batched_tokens.into(), self.max_num_seqs.into(), 1 << 20)?;
+        range("max_model_len", self.max_model_len.into(), 2, 1 << 24)?;
+        range("max_num_waiting", self.max_num_waiting.into(), 1, 1 << 20)?;
+        range("vocab_size", self.vocab_size.into(), 1, i32::MAX as u64)?;
+        range("attention_cost_tokens", self.attention_cost_tokens.into(), 1, i32::MAX as u64)?;
+        range("reserve_tokens", self.reserve_tokens.into(), 0, i32::MAX as u64)?;
+        if !(self.watermark_ratio > 0.0 && self.watermark_ratio <= 1.0) {
+            return Err(CoreError::Watermark { value: self.watermark_ratio });
+        }
+        Ok(())
+    }
+}
