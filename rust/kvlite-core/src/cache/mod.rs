@@ -1,1 +1,339 @@
-//! Placeholder.
+//! The prefix cache: a pool of blocks and a radix tree over them that share one set of indices.
+//!
+//! Owns every block from `alloc` to `free` or eviction. Must not know requests, plans or the scheduler, which reads it
+//! through `CacheView`. Invariants: each block is free, cached, owned or in transfer; a block in use protects its whole
+//! path; the tree holds full blocks only; nothing allocates after `new`, output vectors belong to the caller.
+//! Called by `core`.
+
+mod blocks;
+mod evict;
+mod free_map;
+mod radix;
+
+pub use blocks::{BlockCounts, BlockState};
+pub use evict::{EvictionPolicy, Lru};
+pub use radix::MAX_PARTIAL_CANDIDATES;
+
+use crate::config::CoreConfig;
+use crate::ids::{BlockId, Namespace, Token};
+use blocks::BlockPool;
+use radix::{Parent, Tree};
+
+/// No block, in the flat arrays of this module.
+const NONE: u32 = u32::MAX;
+
+/// How the KV of a block in the tree was made; decides who may read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Provenance {
+    /// By a plain forward pass over everything before it.
+    Exact,
+    /// Alone, behind the canonical prefix, to be placed anywhere.
+    Segment,
+    /// Partly reused from other positions: an approximation, never published as exact.
+    Blended,
+}
+
+/// What `insert` did with the caller's block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inserted {
+    /// The block is in the tree; the caller's use of it goes on as a pin.
+    New,
+    /// Somebody else's block holds the same tokens; that one is pinned for the caller, who still owns and later frees the other.
+    Duplicate(BlockId),
+}
+
+/// A block in the tree of which only the first tokens fit; worth a copy, not a pin for the whole request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartialHit {
+    /// A child of the last full hit.
+    pub block: BlockId,
+    /// Tokens that fit, 1 to `block_size - 1`.
+    pub len: u32,
+}
+
+/// What the scheduler may see of the cache.
+pub trait CacheView {
+    /// See [`Cache::match_prefix`].
+    fn match_prefix(
+        &self,
+        namespace: Namespace,
+        tokens: &[Token],
+        max_blocks: usize,
+        hits: &mut Vec<BlockId>,
+    ) -> Option<PartialHit>;
+    /// Blocks per state.
+    fn counts(&self) -> BlockCounts;
+    /// Blocks that one `alloc` can return: free plus cached.
+    fn available(&self) -> usize;
+}
+
+/// The cache. A reference on a block is one user, or one child that is itself in use:
+///
+/// ```text
+///   root - [a refs 1] - [b refs 2] - [c refs 1]  <- pinned by sequence 1
+///                              `---- [d refs 1]  <- pinned by sequence 2, and so are b and a
+/// ```
+/// A sequence therefore pins only the end of its path. Pinning walks up while blocks pass from cached to owned, so it is
+/// O(1) on a path already in use, and a block's state says at any moment whether eviction may take it.
+pub struct Cache<E: EvictionPolicy = Lru> {
+    pool: BlockPool,
+    tree: Tree,
+    evictor: E,
+    /// False: a block that loses its last use is dropped at once, and nothing is ever found.
+    keeps_released: bool,
+}
+
+impl Cache {
+    /// A cache with LRU eviction for a validated config. All memory is taken here.
+    pub fn new(config: &CoreConfig) -> Cache {
+        Cache::with_policy(config)
+    }
+}
+
+impl<E: EvictionPolicy> Cache<E> {
+    /// The same under another eviction policy.
+    pub fn with_policy(config: &CoreConfig) -> Cache<E> {
+        let num_blocks = config.num_blocks as usize;
+        Cache {
+            pool: BlockPool::new(num_blocks),
+            tree: Tree::new(num_blocks, config.block_size as usize, config.hash_seed),
+            evictor: E::new(num_blocks),
+            keeps_released: config.enable_prefix_caching,
+        }
+    }
+
+    /// Appends to `hits` the blocks of the longest stored path that begins `tokens`, at most `max_blocks` of them, and
+    /// returns the block behind the last one that shares most with the tokens that follow, if one shares any.
+    ///
+    /// A caller that must compute the last token passes the tokens before it. Nothing is pinned: the names hold until the next call that
+    /// changes the cache. Finds nothing when prefix caching is off. Cost: one compare of `block_size` tokens per hit.
+    pub fn match_prefix(
+        &self,
+        namespace: Namespace,
+        tokens: &[Token],
+        max_blocks: usize,
+        hits: &mut Vec<BlockId>,
+    ) -> Option<PartialHit> {
+        if !self.keeps_released {
+            return None;
+        }
+        let (block, len) = self.tree.walk(namespace, tokens, max_blocks, |block| hits.push(self.pool.name(block)))?;
+        Some(PartialHit { block: self.pool.name(block), len: len as u32 })
+    }
+
+    /// Adds a user to a block in the tree, which protects the path above it. Amortised O(1): each step of the walk up ends
+    /// one `unpin` made; O(1) where the path is in use.
+    pub fn pin(&mut self, block: BlockId) {
+        let mut at = self.in_tree(block);
+        while self.pool.add_ref(at) {
+            self.pool.set_state(at, BlockState::Owned);
+            self.evictor.removed(at);
+            let Some(parent) = self.tree.parent(at) else { break };
+            at = parent;
+        }
+    }
+
+    /// Takes a user from a block in the tree. Blocks that nobody protects any more are cached, tail first.
+    pub fn unpin(&mut self, block: BlockId) {
+        let mut at = self.in_tree(block);
+        while self.pool.drop_ref(at) {
+            let parent = self.tree.parent(at);
+            if self.keeps_released {
+                self.pool.set_state(at, BlockState::Cached);
+                self.evictor.released(at);
+            } else {
+                self.drop_block(at);
+            }
+            let Some(parent) = parent else { break };
+            at = parent;
+        }
+    }
+
+    /// Appends `count` owned blocks to `out` and returns true; or changes nothing and returns false when fewer are available.
+    ///
+    /// Evicts exactly what the free blocks lack. Prefers the run that continues `after`, a block in use, then runs with room to grow.
+    /// O(count), and O(num_blocks / 4096) words per new run.
+    pub fn alloc(&mut self, count: usize, after: Option<BlockId>, out: &mut Vec<BlockId>) -> bool {
+        let after = after.map(|block| self.pool.resolve(block));
+        if count > self.available() {
+            return false;
+        }
+        while self.pool.counts().free < count {
+            let victim = self.evictor.victim().expect("free and cached blocks suffice");
+            self.drop_cached(victim);
+        }
+        self.pool.take(count, after, out);
+        true
+    }
+
+    /// Takes back an owned block that is not in the tree. Its name is stale afterwards.
+    pub fn free(&mut self, block: BlockId) {
+        let block = self.private(block);
+        self.pool.release(block);
+    }
+
+    /// Publishes an owned block, whose KV a completed plan has written, as `tokens` below `parent` (a block that the caller protects;
+    /// none: the root of `namespace`).
+    ///
+    /// `New`: the caller's use goes on as a pin of `block`, which protects `parent`; so the caller unpins `parent` next.
+    /// `Duplicate`: the block that is there already is pinned for the caller, `block` stays the caller's to free.
+    /// O(block_size).
+    pub fn insert(
+        &mut self,
+        namespace: Namespace,
+        parent: Option<BlockId>,
+        tokens: &[Token],
+        block: BlockId,
+        provenance: Provenance,
+    ) -> Inserted {
+        assert!(provenance == Provenance::Exact, "{provenance:?} KV must never be published under an exact prefix");
+        let (len, block_size) = (tokens.len(), self.tree.block_size());
+        assert!(len == block_size, "the tree holds full blocks only: {len} tokens for blocks of {block_size}");
+        let index = self.private(block);
+        let above = match parent {
+            None => Parent::root(namespace),
+            Some(parent) => {
+                let above = self.in_tree(parent);
+                assert!(self.pool.refs(above) > 0, "insert below {parent:?}, which nobody protects from eviction");
+                Parent::block(above)
+            }
+        };
+        match self.tree.link(above, tokens, index, provenance) {
+            Ok(()) => {
+                if let Some(above) = above.as_block() {
+                    self.pool.add_ref(above);
+                }
+                Inserted::New
+            }
+            Err(existing) => {
+                let existing = self.pool.name(existing);
+                self.pin(existing);
+                Inserted::Duplicate(existing)
+            }
+        }
+    }
+
+    /// Marks an owned block outside the tree as the target of a copy; it is neither freed nor inserted until the copy ends.
+    pub fn begin_transfer(&mut self, block: BlockId) {
+        let block = self.private(block);
+        self.pool.set_state(block, BlockState::InTransfer);
+    }
+
+    /// The copy into this block has ended: it is owned again.
+    pub fn end_transfer(&mut self, block: BlockId) {
+        let index = self.pool.resolve(block);
+        let state = self.pool.state(index);
+        assert!(state == BlockState::InTransfer, "{block:?} is {state:?}, no copy into it is under way");
+        self.pool.set_state(index, BlockState::Owned);
+    }
+
+    /// Blocks per state; O(1).
+    pub fn counts(&self) -> BlockCounts {
+        self.pool.counts()
+    }
+
+    /// Blocks that one `alloc` can return: free plus cached; O(1).
+    pub fn available(&self) -> usize {
+        self.counts().free + self.counts().cached
+    }
+
+    /// The state of a block that has not been freed since it was named.
+    pub fn state(&self, block: BlockId) -> BlockState {
+        self.pool.state(self.pool.resolve(block))
+    }
+
+    /// How the KV of `block` was made; none while it is not in the tree.
+    pub fn provenance(&self, block: BlockId) -> Option<Provenance> {
+        self.tree.provenance(self.pool.resolve(block))
+    }
+
+    /// The block that eviction would take next.
+    pub fn victim(&self) -> Option<BlockId> {
+        self.evictor.victim().map(|block| self.pool.name(block))
+    }
+
+    /// Drops every cached block; what is in use stays. O(cached blocks).
+    pub fn clear(&mut self) {
+        while let Some(victim) = self.evictor.victim() {
+            self.drop_cached(victim);
+        }
+    }
+
+    /// Checks every invariant in O(num_blocks); panics with a sentence about the first that does not hold.
+    pub fn audit(&self) {
+        self.pool.audit();
+        self.tree.audit();
+        let num_blocks = self.pool.num_blocks();
+        for block in 0..num_blocks as u32 {
+            let (state, refs) = (self.pool.state(block), self.pool.refs(block));
+            if self.tree.provenance(block).is_none() {
+                let is_private = state != BlockState::Cached && refs <= 1;
+                assert!(is_private, "block {block} is {state:?} with {refs} references outside the tree");
+                continue;
+            }
+            let in_use = self.tree.children(block).filter(|&child| self.pool.refs(child) > 0).count();
+            assert!(refs as usize >= in_use, "block {block} has {refs} references for {in_use} children in use");
+            let expected = if refs > 0 { BlockState::Owned } else { BlockState::Cached };
+            assert!(state == expected, "block {block} is {state:?} in the tree with {refs} references");
+        }
+        let mut rank = vec![usize::MAX; num_blocks];
+        let mut num_ordered = 0;
+        for block in self.evictor.order() {
+            assert!(rank[block as usize] == usize::MAX, "block {block} is twice in the order of eviction");
+            assert!(self.pool.state(block) == BlockState::Cached, "block {block} would be evicted but is not cached");
+            let all_gone = self.tree.children(block).all(|child| rank[child as usize] != usize::MAX);
+            assert!(all_gone, "block {block} would be evicted before its child");
+            rank[block as usize] = num_ordered;
+            num_ordered += 1;
+        }
+        let cached = self.counts().cached;
+        assert!(num_ordered == cached, "{num_ordered} blocks can be evicted, {cached} are cached");
+    }
+
+    fn drop_cached(&mut self, block: u32) {
+        self.evictor.removed(block);
+        self.drop_block(block);
+    }
+
+    /// Forgets a leaf that is in the tree and in nobody's use.
+    fn drop_block(&mut self, block: u32) {
+        self.tree.unlink(block);
+        self.pool.release(block);
+    }
+
+    /// The index of a block that must be in the tree.
+    fn in_tree(&self, block: BlockId) -> u32 {
+        let index = self.pool.resolve(block);
+        assert!(self.tree.provenance(index).is_some(), "{block:?} is not in the tree");
+        index
+    }
+
+    /// The index of a block that must be owned and outside the tree.
+    fn private(&self, block: BlockId) -> u32 {
+        let index = self.pool.resolve(block);
+        let state = self.pool.state(index);
+        assert!(state == BlockState::Owned, "{block:?} is {state:?}, not owned by the caller");
+        assert!(self.tree.provenance(index).is_none(), "{block:?} is in the tree: unpin it instead");
+        index
+    }
+}
+
+impl<E: EvictionPolicy> CacheView for Cache<E> {
+    fn match_prefix(
+        &self,
+        namespace: Namespace,
+        tokens: &[Token],
+        max_blocks: usize,
+        hits: &mut Vec<BlockId>,
+    ) -> Option<PartialHit> {
+        Cache::match_prefix(self, namespace, tokens, max_blocks, hits)
+    }
+
+    fn counts(&self) -> BlockCounts {
+        Cache::counts(self)
+    }
+
+    fn available(&self) -> usize {
+        Cache::available(self)
+    }
+}
