@@ -1,7 +1,7 @@
 """What goes in and comes out: SamplingParams, outputs, deltas, usage, statistics.
 
-Owns shapes and absolute ranges; limits that the operator sets are checked in engine.py.
-Every class is frozen: a value that passed its constructor is in range for ever. Used by engine, server and users; imports nothing of ours but errors.
+Owns shapes and absolute ranges; limits that the operator sets are checked in request.py. Imports nothing of ours but
+errors. Every class is frozen: a value that passed its constructor is in range for ever. Used by everyone.
 """
 
 from __future__ import annotations

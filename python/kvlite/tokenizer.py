@@ -1,0 +1,289 @@
+"""`Tokenizer`: text to ids and back, over `tokenizers` and the files of a model directory.
+
+Owns tokenizer.json, tokenizer_config.json and generation_config.json. User text never turns into special tokens: only
+raw ids and the chat template's own literals do. Thread-safe once made. Called by engine and server; knows no model.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import tokenizers
+
+from kvlite.chat_template import ChatTemplate, Rendered
+from kvlite.errors import InvalidRequestError, ModelLoadError
+from kvlite.types import GenerationDefaults
+
+JSON_BYTES_LIMIT = 1 << 20
+"""Size of a small JSON file of a model directory; more is refused before it is read."""
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Special:
+    """A special token as the template's text spells it."""
+
+    id: int
+    lstrip: bool
+    rstrip: bool
+
+
+class Tokenizer:
+    """One model's tokenizer. Raises ModelLoadError when a file is missing, corrupt or of an unknown kind."""
+
+    def __init__(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        source = read_text(directory / "tokenizer.json", limit=1 << 28)
+        if source is None:
+            raise ModelLoadError(f"{directory}: there is no tokenizer.json")
+        self._source = source
+        self._config = read_json(directory / "tokenizer_config.json")
+        self._plain = self._load()
+        # Special tokens inside text given to this one stay text.
+        self._plain.encode_special_tokens = True
+        self._bytes: dict[int, bytes] = {}
+        self._byte_level = self._find_decoder(directory)
+        self._specials = {
+            token.content: _Special(id, token.lstrip, token.rstrip)
+            for id, token in self._plain.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._special_ids = frozenset(special.id for special in self._specials.values())
+        self.vocab_size: int = self._plain.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        template = read_text(directory / "chat_template.jinja", limit=JSON_BYTES_LIMIT)
+        self._templates = _templates(self._config, template)
+        self.has_chat_template = bool(self._templates)
+
+    def _load(self) -> tokenizers.Tokenizer:
+        try:
+            loaded = tokenizers.Tokenizer.from_str(self._source)
+        except Exception as error:  # the library raises bare Exception for a file that it cannot parse
+            raise ModelLoadError(f"tokenizer.json cannot be read: {error}") from None
+        loaded.no_truncation()
+        loaded.no_padding()
+        return loaded
+
+    @cached_property
+    def _control(self) -> tokenizers.Tokenizer:
+        """Parses special tokens; sees the chat template's output only."""
+        return self._load()
+
+    def _find_decoder(self, directory: Path) -> bool:
+        decoder: dict[str, Any] = json.loads(self._source).get("decoder") or {}
+        parts: list[dict[str, Any]] = [decoder, *decoder.get("decoders", ())]
+        kinds = [str(part.get("type")) for part in parts]
+        if {"ByteLevel", "ByteFallback", "Metaspace"}.isdisjoint(kinds):
+            raise ModelLoadError(f"{directory}: tokenizer.json has decoder {kinds[0]}, which is not supported")
+        return "ByteLevel" in kinds
+
+    def _named_id(self, name: str) -> int | None:
+        value: Any = self._config.get(name)
+        if isinstance(value, dict):
+            value = cast("dict[str, Any]", value).get("content")
+        return self._plain.token_to_id(value) if isinstance(value, str) else None
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are no text."""
+        return self._special_ids
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of user text. BOS and EOS as the model's files ask, special tokens inside `text` are text."""
+        if not add_special_tokens:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        if not {"add_bos_token", "add_eos_token"} & self._config.keys():
+            return self._plain.encode(text).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if self._config.get("add_bos_token") and self.bos_token_id is not None:
+            ids = [self.bos_token_id, *ids]
+        if self._config.get("add_eos_token") and self.eos_token_id is not None:
+            ids = [*ids, self.eos_token_id]
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(id, skip_special_tokens) for id in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int, skip_special_tokens: bool = False) -> bytes:
+        """The bytes that token `id` adds to the text; empty for an unknown id. O(1) after the first call."""
+        if skip_special_tokens and id in self._special_ids:
+            return b""
+        found = self._bytes.get(id)
+        if found is None:
+            token = self._plain.id_to_token(id)
+            found = self._bytes[id] = b"" if token is None else self._bytes_of(id, token)
+        return found
+
+    def _bytes_of(self, id: int, token: str) -> bytes:
+        if id in self._special_ids:
+            return token.encode()
+        if self._byte_level:
+            try:
+                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            except KeyError:
+                return token.encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def token_text(self, id: int) -> str:
+        """The token alone as text, specials included; U+FFFD where it is part of a character."""
+        return self.token_bytes(id).decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation. `variables` reach the template (tools, documents, enable_thinking, ...).
+
+        Same ids as transformers while no user text holds a special token; those that do stay text. Raises
+        InvalidRequestError when there is no template or it refuses the messages.
+        """
+        rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        if not rendered.protected:
+            return self._control.encode(rendered.text, add_special_tokens=False).ids
+        return self._encode_protected(rendered)
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> Rendered:
+        """The conversation as the template writes it, with the spans that must not turn into special tokens."""
+        name = "tool_use" if variables.get("tools") and "tool_use" in self._templates else "default"
+        template = self._templates.get(name)
+        if template is None:
+            raise InvalidRequestError("messages", "the model has no chat template: send a plain prompt instead")
+        tokens = {key: self._token_text(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return template.render(
+            messages,
+            specials=tuple(self._specials),
+            variables={**tokens, **variables, "add_generation_prompt": add_generation_prompt},
+        )
+
+    def _token_text(self, name: str) -> str:
+        value: Any = self._config.get(name)
+        if isinstance(value, dict):
+            value = cast("dict[str, Any]", value).get("content")
+        return value if isinstance(value, str) else ""
+
+    def _encode_protected(self, rendered: Rendered) -> list[int]:
+        """Special tokens parse where no protected span overlaps; the text between them is encoded as text."""
+        text, ids, start = rendered.text, list[int](), 0
+        spans = iter(rendered.protected)
+        span = next(spans, None)
+        for match in self._special_pattern.finditer(text):
+            while span is not None and span[1] <= match.start():
+                span = next(spans, None)
+            if span is not None and span[0] < match.end():
+                continue
+            special = self._specials[match[0]]
+            section = text[start : match.start()]
+            ids += self.encode(section.rstrip() if special.lstrip else section, add_special_tokens=False)
+            ids.append(special.id)
+            start = match.end()
+            if special.rstrip:
+                start += len(text) - start - len(text[start:].lstrip())
+        return ids + self.encode(text[start:], add_special_tokens=False)
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)))
+
+
+class Detokenizer:
+    """Ids in, text out, one choice. Never gives half a character; O(bytes) in all. Owned by one request."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The text that `id` completes; the bytes of an unfinished character wait inside."""
+        return self._decoder.decode(self._tokenizer.token_bytes(id, self._skip))
+
+    def flush(self) -> str:
+        """U+FFFD when the text ends inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def load_generation_defaults(directory: str | Path, eos_token_id: int | None = None) -> GenerationDefaults:
+    """What generation_config.json (then config.json, then the tokenizer, for EOS) asks for."""
+    config = read_json(Path(directory) / "generation_config.json")
+    eos: Any = config.get("eos_token_id")
+    if eos is None:
+        eos = read_json(Path(directory) / "config.json").get("eos_token_id", eos_token_id)
+    ids: list[Any] = [] if eos is None else cast("list[Any]", eos) if isinstance(eos, list) else [eos]
+    greedy = config.get("do_sample") is False
+    length: Any = config.get("max_new_tokens")
+    try:
+        return GenerationDefaults(
+            temperature=0.0 if greedy else float(config.get("temperature") or 1.0),
+            top_p=float(config.get("top_p") or 1.0),
+            top_k=int(config.get("top_k") or 0),
+            min_p=float(config.get("min_p") or 0.0),
+            repetition_penalty=float(config.get("repetition_penalty") or 1.0),
+            max_tokens=None if length is None else int(length),
+            eos_token_ids=tuple(int(id) for id in ids),
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelLoadError(f"{directory}/generation_config.json: {error}") from None
+
+
+def read_text(path: Path, limit: int) -> str | None:
+    """The file's text, None when there is none; ModelLoadError above `limit` bytes or outside UTF-8."""
+    try:
+        if path.stat().st_size > limit:
+            raise ModelLoadError(f"{path} has {path.stat().st_size} bytes, at most {limit} are read")
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, {} when there is no file. Raises ModelLoadError."""
+    text = read_text(path, JSON_BYTES_LIMIT)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} holds no JSON object")
+    return cast("dict[str, Any]", value)
+
+
+def _templates(config: Mapping[str, Any], file_text: str | None) -> dict[str, ChatTemplate]:
+    """Templates by name; the file chat_template.jinja goes before the configuration."""
+    if file_text is not None:
+        return {"default": ChatTemplate(file_text)}
+    value: Any = config.get("chat_template")
+    if isinstance(value, str):
+        return {"default": ChatTemplate(value)}
+    if isinstance(value, list):
+        entries = cast("list[dict[str, str]]", value)
+        return {entry["name"]: ChatTemplate(entry["template"]) for entry in entries}
+    return {}
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the others from U+0100 on."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in kept}
+    others = (byte for byte in range(256) if byte not in kept)
+    return table | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
