@@ -1,0 +1,1 @@
+"""Attention received per key, summed over chosen rows and heads. See README.md."""

@@ -1,0 +1,1 @@
+"""RMSNorm, plain and with the residual added first. See README.md."""

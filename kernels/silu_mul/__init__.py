@@ -1,0 +1,1 @@
+"""SiLU-gated product of the two halves of one projection. See README.md."""

@@ -1,0 +1,178 @@
+"""The device operations of the engine, chosen once at start: name -> Triton kernel, Rust CPU kernel or torch reference.
+
+The only importer of `kvlite.kernels` and of the `cpu_*` functions of `kvlite._core`. Knows tensors only. Triton is
+imported when its backend is selected and never before. Called by `layers` and `runner`, through one `Ops` value.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "triton", "cpu"]
+
+AttentionOp = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int, Tensor, Tensor], None
+]
+KeyMassOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
+RmsNormOp = Callable[[Tensor, Tensor, float, Tensor], None]
+AddRmsNormOp = Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
+FiveTensorsOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+SiluMulOp = Callable[[Tensor, Tensor], None]
+SampleOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every op; arguments and shapes as in `reference.py` of each op."""
+
+    backend: Backend
+    attention: AttentionOp
+    key_mass: KeyMassOp
+    store_kv: FiveTensorsOp
+    rope: FiveTensorsOp
+    rms_norm: RmsNormOp
+    add_rms_norm: AddRmsNormOp
+    silu_mul: SiluMulOp
+    sample: SampleOp
+
+
+def select(device: torch.device, backend: Backend | None = None) -> Ops:
+    """The ops for tensors on `device`; by default triton on CUDA and cpu elsewhere.
+
+    Raises ValueError for an unknown backend or one that cannot serve the device, ImportError (with the way out in its
+    text) when Triton or the compiled extension is missing.
+    """
+    if backend is None:
+        backend = "triton" if device.type == "cuda" else "cpu"
+    if backend == "reference":
+        return _reference()
+    if backend == "triton":
+        if device.type != "cuda":
+            raise ValueError(f"backend 'triton' needs a CUDA device, not {device}: use 'cpu' or 'reference'")
+        return _triton()
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpu' needs tensors on the CPU, not on {device}: use 'triton' or 'reference'")
+        return _cpu()
+    raise ValueError(f"unknown backend {backend!r}: one of 'reference', 'triton', 'cpu'")
+
+
+def _reference() -> Ops:
+    """Plain torch on any device."""
+    from kvlite.kernels.attention.reference import attention
+    from kvlite.kernels.key_mass.reference import key_mass
+    from kvlite.kernels.rms_norm.reference import add_rms_norm, rms_norm
+    from kvlite.kernels.rope.reference import rope
+    from kvlite.kernels.sampling.reference import sample
+    from kvlite.kernels.silu_mul.reference import silu_mul
+    from kvlite.kernels.store_kv.reference import store_kv
+
+    return Ops("reference", attention, key_mass, store_kv, rope, rms_norm, add_rms_norm, silu_mul, sample)
+
+
+def _triton() -> Ops:
+    """Triton kernels on CUDA."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        raise ImportError("backend 'triton' needs the package triton: pip install 'triton>=3.6'") from error
+    from kvlite.kernels.attention.kernel import attention
+    from kvlite.kernels.key_mass.kernel import key_mass
+    from kvlite.kernels.rms_norm.kernel import add_rms_norm, rms_norm
+    from kvlite.kernels.rope.kernel import rope
+    from kvlite.kernels.sampling.kernel import sample
+    from kvlite.kernels.silu_mul.kernel import silu_mul
+    from kvlite.kernels.store_kv.kernel import store_kv
+
+    return Ops("triton", attention, key_mass, store_kv, rope, rms_norm, add_rms_norm, silu_mul, sample)
+
+
+_DTYPE_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _array(x: Tensor) -> npt.NDArray[Any]:
+    """A numpy view of the same memory; 16-bit floats as uint16, because numpy has no bfloat16."""
+    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+        return cast("npt.NDArray[Any]", x.view(torch.int16).numpy()).view(np.uint16)
+    return cast("npt.NDArray[Any]", x.numpy())
+
+
+def _cpu() -> Ops:
+    """Rust for the ops that walk the paged cache, torch for the rest."""
+    try:
+        core: Any = importlib.import_module("kvlite._core")
+        rust_attention, rust_key_mass, rust_store_kv = core.cpu_attention, core.cpu_key_mass, core.cpu_store_kv
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"backend 'cpu' needs the compiled extension kvlite._core ({error}): run `make build`"
+        ) from error
+
+    def attention(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        seq_row: Tensor,
+        last_key: Tensor,
+        scale: float,
+        window: int,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        rust_attention(
+            _array(q),
+            _array(k_cache),
+            _array(v_cache),
+            block_table.numpy(),
+            query_start.numpy(),
+            context_len.numpy(),
+            seq_row.numpy(),
+            last_key.numpy(),
+            scale,
+            window,
+            _array(out),
+            lse.numpy(),
+            _DTYPE_NAME[q.dtype],
+        )
+
+    def key_mass(
+        q: Tensor,
+        lse: Tensor,
+        k_cache: Tensor,
+        block_table_row: Tensor,
+        rows: Tensor,
+        last_key: Tensor,
+        start: int,
+        end: int,
+        scale: float,
+    ) -> Tensor:
+        mass = torch.empty(end - start, dtype=torch.float32)
+        rust_key_mass(
+            _array(q),
+            lse.numpy(),
+            _array(k_cache),
+            block_table_row.numpy(),
+            rows.numpy(),
+            last_key.numpy(),
+            start,
+            end,
+            scale,
+            mass.numpy(),
+            _DTYPE_NAME[q.dtype],
+        )
+        return mass
+
+    def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        rust_store_kv(
+            _array(k), _array(v), _array(k_cache), _array(v_cache), slot_mapping.numpy(), _DTYPE_NAME[k.dtype]
+        )
+
+    return replace(_reference(), backend="cpu", attention=attention, key_mass=key_mass, store_kv=store_kv)
