@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": LEAVES | {"ops"},
     "models": LEAVES | {"ops", "layers"},
     "reuse": LEAVES | {"ops", "layers"},
-    "tokenizer": LEAVES,
+    "tokenizer": LEAVES | {"chat_template"},
     "chat_template": LEAVES,
     "runner": COMPUTE | {"layers", "models", "reuse"},
     "engine": COMPUTE | {"tokenizer", "chat_template", "runner", "models", "reuse"},
