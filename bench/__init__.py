@@ -1,5 +1,5 @@
 """The benchmark harness: `python -m bench <name>` from the source tree, `python -m kvlite.bench <name>` from the wheel.
 
-Every benchmark is one module with `main(arguments) -> int`. It states the physics in its header, checks correctness before
-it prints a speed, and ends in one JSON line. Uses torch, triton, numpy, safetensors and tokenizers at most.
+Every benchmark is one module with `main(arguments) -> int`. It states the physics in its header, checks correctness
+before it prints a speed, and ends in one JSON line. Uses torch, triton, numpy, safetensors and tokenizers at most.
 """
