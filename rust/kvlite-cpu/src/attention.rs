@@ -1,0 +1,366 @@
+//! `attention`: rows of queries over a paged KV cache; prefill, chunked prefill, blend and decode alike.
+//!
+//! Twin of `kernels/attention`. Keys are read where they lie, block by block; nothing is gathered per sequence. Every row
+//! walks fixed splits of 256 keys with an online softmax and merges them in ascending order:
+//!
+//! ```text
+//!   keys      0 ......... 255 | 256 ....... 511 | 512 .. last_key
+//!   row m     (m0, l0, o0)    + (m1, l1, o1)    + (m2, l2, o2)   -> o / l, lse = m + ln l
+//! ```
+//!
+//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head).
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use crate::isa::by_isa;
+use crate::lanes::{self, LANES, SCORES, SPLIT};
+use crate::view::CacheLayout;
+use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
+
+/// Rows of one task: they share the copy of a split.
+const TILE_ROWS: usize = 32;
+/// From this many rows on a tile copies each split to a contiguous f32 tile first: blocks of a pool lie a power of two
+/// apart and would evict each other from the caches between rows.
+const PACK_ROWS: usize = 4;
+
+/// Arguments of `attention`. T rows, H query heads, KH KV heads, S sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention<'a, E> {
+    /// [T, H, D].
+    pub q: Rows<'a, E>,
+    /// [B, block_size, KH, D].
+    pub k_cache: KvCache<'a, E>,
+    /// [B, block_size, KH, D].
+    pub v_cache: KvCache<'a, E>,
+    /// [R, blocks].
+    pub block_table: BlockTable<'a>,
+    /// [S + 1]: rows of sequence s are `query_start[s]..query_start[s + 1]`.
+    pub query_start: &'a [i32],
+    /// [S]: keys at or past it are invisible.
+    pub context_len: &'a [i32],
+    /// [S]: the sequence's row in the block table.
+    pub seq_row: &'a [i32],
+    /// [T]: the largest visible key; negative = none.
+    pub last_key: &'a [i32],
+    /// Factor on q . k.
+    pub scale: f32,
+    /// Visible keys up to and with `last_key`; 0 = all.
+    pub window: usize,
+}
+
+/// Rows of one sequence that a task computes, with the keys that any of them sees.
+struct Tile {
+    sequence: usize,
+    rows: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// Writes `out` [T, H, D] and `lse` [T, H, 1] (natural log of the sum of exponentials) for the rows of every sequence.
+///
+/// Other rows stay untouched; a row that sees no key gets 0 and -infinity. Cost 2 * H * D multiply-adds per visible key
+/// and row. Errors before anything is written when shapes disagree or a visible key lies outside the pool.
+pub fn attention<E: Element>(
+    exec: &Exec,
+    args: &Attention<'_, E>,
+    out: &mut RowsMut<'_, E>,
+    lse: &mut RowsMut<'_, f32>,
+) -> Result<(), Error> {
+    let tiles = args.plan(out, lse)?;
+    let kv_heads = args.k_cache.layout.kv_heads;
+    let work = tiles.iter().map(|t| t.rows.len() * t.keys.len()).sum::<usize>() * args.q.heads * args.q.dim * 2;
+    let (out, lse) = (&*out, &*lse);
+    exec.threads.run(tiles.len() * kv_heads, work, |task| {
+        // The longest context of a causal prefill comes last; starting there evens out the end.
+        let tile = &tiles[tiles.len() - 1 - task / kv_heads];
+        SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, task % kv_heads, scratch, out, lse));
+    });
+    Ok(())
+}
+
+impl<E: Element> Attention<'_, E> {
+    /// Checks every argument and cuts the sequences into tiles.
+    fn plan(&self, out: &RowsMut<'_, E>, lse: &RowsMut<'_, f32>) -> Result<Vec<Tile>, Error> {
+        self.check_shapes(out, lse)?;
+        let cache = self.k_cache.layout;
+        let limit = self.block_table.blocks * cache.block_size;
+        let mut tiles = Vec::with_capacity(self.seq_row.len());
+        self.check_start(0, 0)?;
+        for sequence in 0..self.seq_row.len() {
+            let first = self.check_start(sequence, 0)?;
+            let last = self.check_start(sequence + 1, first)?;
+            let value = self.seq_row[sequence];
+            let row = usize::try_from(value).ok().filter(|&row| row < self.block_table.rows);
+            let row = row.ok_or(Error::SeqRow { sequence, value, rows: self.block_table.rows })?;
+            let value = self.context_len[sequence];
+            if value < 0 || value as usize > limit {
+                return Err(Error::ContextLen { sequence, value, limit });
+            }
+            let mut seen = Range { start: limit, end: 0 };
+            for start in (first..last).step_by(TILE_ROWS) {
+                let rows = start..last.min(start + TILE_ROWS);
+                let mut keys = Range { start: limit, end: 0 };
+                for visible in rows.clone().map(|row| self.visible(sequence, row)).filter(|keys| !keys.is_empty()) {
+                    keys = keys.start.min(visible.start)..keys.end.max(visible.end);
+                }
+                seen = seen.start.min(keys.start)..seen.end.max(keys.end);
+                tiles.push(Tile { sequence, rows, keys });
+            }
+            self.block_table.check_keys(row, seen, cache.block_size, cache.num_blocks)?;
+        }
+        Ok(tiles)
+    }
+
+    fn check_shapes(&self, out: &RowsMut<'_, E>, lse: &RowsMut<'_, f32>) -> Result<(), Error> {
+        let (q, k, v) = (&self.q, &self.k_cache.layout, &self.v_cache.layout);
+        let sequences = self.seq_row.len();
+        for (name, found, expected) in [
+            ("rows of out", out.rows, q.rows),
+            ("heads of out", out.heads, q.heads),
+            ("head dim of out", out.dim, q.dim),
+            ("rows of lse", lse.rows, q.rows),
+            ("heads of lse", lse.heads, q.heads),
+            ("last dimension of lse", lse.dim, 1),
+            ("length of last_key", self.last_key.len(), q.rows),
+            ("length of context_len", self.context_len.len(), sequences),
+            ("length of query_start", self.query_start.len(), sequences + 1),
+            ("head dim of k_cache", k.dim, q.dim),
+            ("head dim of v_cache", v.dim, k.dim),
+            ("heads of v_cache", v.kv_heads, k.kv_heads),
+            ("block size of v_cache", v.block_size, k.block_size),
+            ("blocks of v_cache", v.num_blocks, k.num_blocks),
+        ] {
+            if found != expected {
+                return Err(Error::Shape { name, found, expected });
+            }
+        }
+        check_groups(q.heads, k.kv_heads)
+    }
+
+    fn check_start(&self, index: usize, low: usize) -> Result<usize, Error> {
+        let (value, high) = (self.query_start[index], self.q.rows);
+        let start = usize::try_from(value).ok().filter(|start| (low..=high).contains(start));
+        start.ok_or(Error::QueryStart { index, value, low, high })
+    }
+
+    /// The keys that a row sees.
+    #[inline(always)]
+    fn visible(&self, sequence: usize, row: usize) -> Range<usize> {
+        let end = (i64::from(self.last_key[row]) + 1).clamp(0, i64::from(self.context_len[sequence])) as usize;
+        let past_last = (i64::from(self.last_key[row]) + 1).max(0) as usize;
+        let start = if self.window == 0 { 0 } else { past_last.saturating_sub(self.window) };
+        if start < end { start..end } else { 0..0 }
+    }
+}
+
+/// Errors unless every KV head serves the same number of query heads.
+pub(crate) fn check_groups(heads: usize, kv_heads: usize) -> Result<(), Error> {
+    if heads == 0 || !heads.is_multiple_of(kv_heads) { Err(Error::HeadGroups { heads, kv_heads }) } else { Ok(()) }
+}
+
+/// Buffers of one thread, kept between tasks and calls.
+#[derive(Default)]
+struct Scratch {
+    /// Queries of the tile, [rows, group, dim], f32.
+    q: Vec<f32>,
+    /// Running (max, sum) per line, then (max, sum) of the current partial results.
+    state: Vec<(f32, f32)>,
+    /// Running output per line, [rows, group, dim].
+    acc: Vec<f32>,
+    /// Output of one split for one row, [group, dim].
+    partial: Vec<f32>,
+    /// Scores, then weights, of one split for one row, [group, SCORES].
+    scores: Vec<f32>,
+    keys: Side,
+    values: Side,
+}
+
+/// Where the K (or V) vectors of the current split lie.
+#[derive(Default)]
+pub(crate) struct Side {
+    /// Start of each key's vector, in the cache or in `packed`.
+    pub(crate) offsets: Vec<usize>,
+    /// The split as contiguous f32 rows of the padded dim; unused when the cache is read in place.
+    packed: Vec<f32>,
+    is_packed: bool,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Side {
+    /// Finds the keys `range` of one split (offsets count from `range.start`) and packs them when `pack` or when they
+    /// cannot be read in place (other format, dim not whole chunks).
+    #[inline(always)]
+    pub(crate) fn load<E: Element>(
+        &mut self,
+        cache: &KvCache<'_, E>,
+        table: &[i32],
+        range: Range<usize>,
+        kv_head: usize,
+        pack: bool,
+    ) {
+        let layout: &CacheLayout = &cache.layout;
+        self.offsets.clear();
+        let mut key = range.start;
+        while key < range.end {
+            let (block, slot) = (key / layout.block_size, key % layout.block_size);
+            let run = (layout.block_size - slot).min(range.end - key);
+            let block = table[block] as usize; // checked by `BlockTable::check_keys`
+            self.offsets.extend((slot..slot + run).map(|slot| layout.offset(block, slot, kv_head)));
+            key += run;
+        }
+        self.is_packed = pack || E::as_f32(cache.values).is_none() || !layout.dim.is_multiple_of(LANES);
+        if self.is_packed {
+            let dim = layout.dim.next_multiple_of(LANES);
+            self.packed.resize(SPLIT * dim, 0.0);
+            for (offset, target) in self.offsets.iter_mut().zip(self.packed.chunks_exact_mut(dim)) {
+                widen(&cache.values[*offset..*offset + layout.dim], target);
+            }
+            for (i, offset) in self.offsets.iter_mut().enumerate() {
+                *offset = i * dim;
+            }
+        }
+    }
+
+    /// The memory that `offsets` count in.
+    #[inline(always)]
+    pub(crate) fn memory<'a, E: Element>(&'a self, cache: &KvCache<'a, E>) -> &'a [f32] {
+        if self.is_packed { &self.packed } else { E::as_f32(cache.values).expect("other formats are packed") }
+    }
+}
+
+/// Copies to f32 and fills the rest of `target` with zeros.
+#[inline(always)]
+pub(crate) fn widen<E: Element>(source: &[E], target: &mut [f32]) {
+    let (head, tail) = target.split_at_mut(source.len());
+    for (t, &s) in head.iter_mut().zip(source) {
+        *t = s.to_f32();
+    }
+    tail.fill(0.0);
+}
+
+by_isa!(compute_tile = tile_body(
+    args: &Attention<'_, E>,
+    tile: &Tile,
+    kv_head: usize,
+    scratch: &mut Scratch,
+    out: &RowsMut<'_, E>,
+    lse: &RowsMut<'_, f32>,
+));
+
+#[inline(always)]
+fn tile_body<E: Element, const FUSED: bool>(
+    args: &Attention<'_, E>,
+    tile: &Tile,
+    kv_head: usize,
+    scratch: &mut Scratch,
+    out: &RowsMut<'_, E>,
+    lse: &RowsMut<'_, f32>,
+) {
+    let group = args.q.heads / args.k_cache.layout.kv_heads;
+    let dim = args.q.dim.next_multiple_of(LANES);
+    let lines = tile.rows.len() * group;
+    scratch.start(lines, group, dim);
+    for (i, row) in tile.rows.clone().enumerate() {
+        for g in 0..group {
+            widen(args.q.head(row, kv_head * group + g), &mut scratch.q[(i * group + g) * dim..][..dim]);
+        }
+    }
+    let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
+    let mut split = tile.keys.start / SPLIT * SPLIT;
+    while split < tile.keys.end {
+        let range = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
+        let pack = tile.rows.len() >= PACK_ROWS;
+        scratch.keys.load(&args.k_cache, table, range.clone(), kv_head, pack);
+        scratch.values.load(&args.v_cache, table, range.clone(), kv_head, pack);
+        for (i, row) in tile.rows.clone().enumerate() {
+            let visible = args.visible(tile.sequence, row);
+            let keys = visible.start.max(range.start)..visible.end.min(range.end);
+            if !keys.is_empty() {
+                let keys = keys.start - range.start..keys.end - range.start;
+                row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
+            }
+        }
+        split += SPLIT;
+    }
+    for (i, row) in tile.rows.clone().enumerate() {
+        for g in 0..group {
+            let line = i * group + g;
+            let (max, total) = scratch.state[line];
+            let unseen = total == 0.0; // a visible key adds at least its own exp(0) or NaN
+            let acc = &scratch.acc[line * dim..][..dim];
+            // SAFETY: tasks are distinct (tile, KV head) pairs and tiles have distinct rows, so no other task has this head.
+            #[allow(unsafe_code)]
+            unsafe {
+                out.write_head(row, kv_head * group + g, |d| E::from_f32(if unseen { 0.0 } else { acc[d] / total }));
+                lse.write_head(row, kv_head * group + g, |_| if unseen { f32::NEG_INFINITY } else { max + total.ln() });
+            }
+        }
+    }
+}
+
+impl Scratch {
+    fn start(&mut self, lines: usize, group: usize, dim: usize) {
+        self.q.resize(lines * dim, 0.0);
+        self.acc.clear();
+        self.acc.resize(lines * dim, 0.0);
+        self.state.clear();
+        self.state.resize(lines, (f32::NEG_INFINITY, 0.0));
+        self.partial.resize(group * dim, 0.0);
+        self.scores.resize(group * SCORES, 0.0);
+    }
+}
+
+/// One split of one row: all query heads of the KV head, four, two or one at a time, merged into the running result.
+#[inline(always)]
+fn row_split<E: Element, const FUSED: bool>(
+    args: &Attention<'_, E>,
+    scratch: &mut Scratch,
+    lines: Range<usize>,
+    keys: Range<usize>,
+) {
+    let mut line = lines.start;
+    while line < lines.end {
+        match lines.end - line {
+            4.. => line += heads_split::<E, 4, 1, 16, FUSED>(args, scratch, line, keys.clone()),
+            2 | 3 => line += heads_split::<E, 2, 2, 32, FUSED>(args, scratch, line, keys.clone()),
+            _ => line += heads_split::<E, 1, 4, 64, FUSED>(args, scratch, line, keys.clone()),
+        }
+    }
+}
+
+/// `G` query heads of one row over one split; returns `G`. `K` keys are scored and `W` value lanes added at once.
+#[inline(always)]
+fn heads_split<E: Element, const G: usize, const K: usize, const W: usize, const FUSED: bool>(
+    args: &Attention<'_, E>,
+    scratch: &mut Scratch,
+    line: usize,
+    keys: Range<usize>,
+) -> usize {
+    let dim = args.q.dim.next_multiple_of(LANES);
+    let Scratch { q, state, acc, partial, scores, keys: key_side, values: value_side } = scratch;
+    let (key_memory, value_memory) = (key_side.memory(&args.k_cache), value_side.memory(&args.v_cache));
+    let q = &q[line * dim..(line + G) * dim];
+    lanes::scores::<G, K, FUSED>(q, key_memory, &key_side.offsets, dim, keys.clone(), args.scale, scores);
+    let padded = keys.start..keys.start + keys.len().next_multiple_of(LANES);
+    let mut new = [(0.0, 0.0); G];
+    for (g, new) in new.iter_mut().enumerate() {
+        let scores = &mut scores[g * SCORES..(g + 1) * SCORES];
+        scores[keys.end..padded.end].fill(f32::NEG_INFINITY);
+        *new = lanes::softmax::<FUSED>(&mut scores[padded.clone()]);
+    }
+    let partial = &mut partial[..G * dim];
+    partial.fill(0.0);
+    lanes::accumulate::<G, W, FUSED>(scores, value_memory, &value_side.offsets, dim, keys, partial);
+    for (g, (new_max, new_sum)) in new.into_iter().enumerate() {
+        let (max, total) = state[line + g];
+        let merged = if new_max > max { new_max } else { max };
+        let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
+        state[line + g] = (merged, total * keep + new_sum * add);
+        let acc = &mut acc[(line + g) * dim..][..dim];
+        lanes::blend::<FUSED>(acc, keep, &partial[g * dim..][..dim], add);
+    }
+    G
+}

@@ -1,0 +1,108 @@
+//! `Error`: what a caller of an op can get wrong, one sentence per variant. Nothing has been written when one is returned.
+
+use thiserror::Error;
+
+/// A refused argument, with its value and what would be right.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Error {
+    /// A length or a shape that disagrees with the others.
+    #[error("{name} is {found}, expected {expected}")]
+    Shape {
+        /// The argument and dimension.
+        name: &'static str,
+        /// What was given.
+        found: usize,
+        /// What the other arguments ask for.
+        expected: usize,
+    },
+    /// Strides that reach past the end of the memory, or that would make elements overlap.
+    #[error("{name}: shape and strides do not fit its {len} elements")]
+    Extent {
+        /// The argument.
+        name: &'static str,
+        /// Elements of the memory.
+        len: usize,
+    },
+    /// Query heads are not a multiple of KV heads.
+    #[error("{heads} query heads cannot share {kv_heads} KV heads evenly")]
+    HeadGroups {
+        /// Query heads.
+        heads: usize,
+        /// KV heads.
+        kv_heads: usize,
+    },
+    /// `query_start` does not rise from a row to a row.
+    #[error("query_start[{index}] is {value}, allowed are {low} to {high}")]
+    QueryStart {
+        /// Position in `query_start`.
+        index: usize,
+        /// What was given.
+        value: i32,
+        /// Smallest allowed value.
+        low: usize,
+        /// Largest allowed value.
+        high: usize,
+    },
+    /// A sequence names a row that the block table lacks.
+    #[error("seq_row[{sequence}] is {value}, the block table has {rows} rows")]
+    SeqRow {
+        /// Position in `seq_row`.
+        sequence: usize,
+        /// What was given.
+        value: i32,
+        /// Rows of the block table.
+        rows: usize,
+    },
+    /// More context than the block table can name.
+    #[error("context_len[{sequence}] is {value}, a row of the block table holds 0 to {limit} tokens")]
+    ContextLen {
+        /// Position in `context_len`.
+        sequence: usize,
+        /// What was given.
+        value: i32,
+        /// Tokens of one block table row.
+        limit: usize,
+    },
+    /// A visible key lies in a block outside the pool.
+    #[error("block_table[{row}, {index}] is {block}, the pool has {num_blocks} blocks")]
+    Block {
+        /// Row of the block table.
+        row: usize,
+        /// Position in that row.
+        index: usize,
+        /// What was given.
+        block: i32,
+        /// Blocks of the pool.
+        num_blocks: usize,
+    },
+    /// A slot outside the pool.
+    #[error("slot_mapping[{token}] is {slot}, allowed are -1 (skipped) to {last}")]
+    Slot {
+        /// Position in `slot_mapping`.
+        token: usize,
+        /// What was given.
+        slot: i32,
+        /// The last slot of the pool.
+        last: usize,
+    },
+    /// A scoring row outside the query.
+    #[error("rows[{index}] is {value}, the query has {num_rows} rows")]
+    QueryRow {
+        /// Position in `rows`.
+        index: usize,
+        /// What was given.
+        value: i32,
+        /// Rows of the query.
+        num_rows: usize,
+    },
+    /// A key range that no block table row can hold.
+    #[error("key range {start}..{end} does not lie within 0..{limit}")]
+    KeyRange {
+        /// First key.
+        start: usize,
+        /// One past the last key.
+        end: usize,
+        /// Tokens of one block table row.
+        limit: usize,
+    },
+}

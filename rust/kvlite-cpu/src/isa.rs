@@ -1,0 +1,76 @@
+//! `Isa`: which instruction set the inner loops are compiled for, chosen once at start.
+//!
+//! One generic body per op is compiled several times (`by_isa!`); only rounding can differ, because the wide ones fuse
+//! multiply and add. The only `unsafe` here is the call of a function whose instructions were found at run time.
+
+/// An instruction set that this machine has: values are made by `detect` and `available` alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(pub(crate) Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+pub(crate) enum Kind {
+    Portable,
+    Avx2,
+    Avx512,
+}
+
+impl Isa {
+    /// The widest one that this machine has.
+    pub fn detect() -> Isa {
+        *Isa::available().last().expect("the portable one always exists")
+    }
+
+    /// Every one that this machine has, narrowest first.
+    pub fn available() -> Vec<Isa> {
+        let mut found = vec![Isa(Kind::Portable)];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            found.push(Isa(Kind::Avx2));
+            if is_x86_feature_detected!("avx512f") {
+                found.push(Isa(Kind::Avx512));
+            }
+        }
+        found
+    }
+
+    /// Its name, for reports.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Portable => "portable",
+            Kind::Avx2 => "avx2",
+            Kind::Avx512 => "avx512",
+        }
+    }
+}
+
+/// Defines `fn $name<E>(isa, ...)`, which runs `$body::<E, FUSED>(...)` compiled for `isa`.
+macro_rules! by_isa {
+    ($name:ident = $body:ident ( $($arg:ident : $type:ty),* $(,)? )) => {
+        #[allow(unsafe_code)]
+        fn $name<E: Element>(isa: $crate::isa::Isa, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2<E: Element>($($arg: $type),*) {
+                    $body::<E, true>($($arg),*);
+                }
+                #[target_feature(enable = "avx512f,avx2,fma")]
+                fn avx512<E: Element>($($arg: $type),*) {
+                    $body::<E, true>($($arg),*);
+                }
+                match isa.0 {
+                    // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`).
+                    $crate::isa::Kind::Avx512 => return unsafe { avx512::<E>($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::isa::Kind::Avx2 => return unsafe { avx2::<E>($($arg),*) },
+                    $crate::isa::Kind::Portable => {}
+                }
+            }
+            // Elsewhere a fused multiply-add may be a library call; 64-bit Arm always has the instruction.
+            let _ = isa;
+            $body::<E, { cfg!(target_arch = "aarch64") }>($($arg),*);
+        }
+    };
+}
+pub(crate) use by_isa;

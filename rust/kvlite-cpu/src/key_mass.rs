@@ -1,0 +1,113 @@
+//! `key_mass`: attention received by each key of a range, summed over chosen rows and all heads.
+//!
+//! Twin of `kernels/key_mass`. Exact, without a softmax pass: p = exp(q . k * scale - lse), and `attention` has returned
+//! lse. Tasks are splits of 256 keys; a key's sum runs over heads of a KV head, KV heads, then rows, in order.
+
+use std::ops::Range;
+
+use crate::attention::{Side, check_groups, widen};
+use crate::isa::by_isa;
+use crate::lanes::{self, LANES, SCORES, SPLIT};
+use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
+
+/// Arguments of `key_mass`.
+#[derive(Clone, Debug)]
+pub struct KeyMass<'a, E> {
+    /// [T, H, D].
+    pub q: Rows<'a, E>,
+    /// [T, H, 1] of `attention` over the same cache.
+    pub lse: Rows<'a, f32>,
+    /// [B, block_size, KH, D].
+    pub k_cache: KvCache<'a, E>,
+    /// [1, blocks]: the sequence's row.
+    pub block_table: BlockTable<'a>,
+    /// Rows of `q` that score.
+    pub rows: &'a [i32],
+    /// [T]: the largest visible key.
+    pub last_key: &'a [i32],
+    /// Factor on q . k.
+    pub scale: f32,
+    /// Keys to score.
+    pub keys: Range<usize>,
+}
+
+/// Writes `out` [keys]; cost rows * H * D multiply-adds per key. Errors before anything is written when shapes disagree or
+/// a key lies outside the pool. A row that saw no key (lse = -infinity) adds nothing.
+pub fn key_mass<E: Element>(exec: &Exec, args: &KeyMass<'_, E>, out: &mut [f32]) -> Result<(), Error> {
+    check(args, out.len())?;
+    let mut chunks: Vec<(Range<usize>, std::sync::Mutex<&mut [f32]>)> = Vec::new();
+    let mut rest = out;
+    let mut start = args.keys.start;
+    while start < args.keys.end {
+        let end = args.keys.end.min((start / SPLIT + 1) * SPLIT);
+        let (chunk, tail) = rest.split_at_mut(end - start);
+        chunks.push((start..end, std::sync::Mutex::new(chunk)));
+        (rest, start) = (tail, end);
+    }
+    let work = args.rows.len() * args.keys.len() * args.q.heads * args.q.dim;
+    exec.threads.run(chunks.len(), work, |task| {
+        let (keys, out) = &chunks[task];
+        compute_split(exec.isa, args, keys.clone(), &mut out.lock().expect("each task has a chunk of its own"));
+    });
+    Ok(())
+}
+
+fn check<E: Element>(args: &KeyMass<'_, E>, out_len: usize) -> Result<(), Error> {
+    let (q, cache) = (&args.q, &args.k_cache.layout);
+    let (start, end) = (args.keys.start, args.keys.end);
+    let limit = args.block_table.blocks * cache.block_size;
+    if start > end || end > limit {
+        return Err(Error::KeyRange { start, end, limit });
+    }
+    for (name, found, expected) in [
+        ("length of out", out_len, end - start),
+        ("rows of lse", args.lse.rows, q.rows),
+        ("heads of lse", args.lse.heads, q.heads),
+        ("last dimension of lse", args.lse.dim, 1),
+        ("length of last_key", args.last_key.len(), q.rows),
+        ("head dim of k_cache", cache.dim, q.dim),
+        ("rows of block_table_row", args.block_table.rows, 1),
+    ] {
+        if found != expected {
+            return Err(Error::Shape { name, found, expected });
+        }
+    }
+    for (index, &value) in args.rows.iter().enumerate() {
+        if usize::try_from(value).map_or(true, |row| row >= q.rows) {
+            return Err(Error::QueryRow { index, value, num_rows: q.rows });
+        }
+    }
+    check_groups(q.heads, cache.kv_heads)?;
+    args.block_table.check_keys(0, args.keys.clone(), cache.block_size, cache.num_blocks)
+}
+
+by_isa!(compute_split = split_body(args: &KeyMass<'_, E>, keys: Range<usize>, out: &mut [f32]));
+
+#[inline(always)]
+fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<usize>, out: &mut [f32]) {
+    out.fill(0.0);
+    let kv_heads = args.k_cache.layout.kv_heads;
+    let group = args.q.heads / kv_heads;
+    let dim = args.q.dim.next_multiple_of(LANES);
+    let (mut q, mut scores, mut side) = (vec![0.0; dim], vec![0.0; SCORES], Side::default());
+    for kv_head in 0..kv_heads {
+        side.load(&args.k_cache, args.block_table.row(0), keys.clone(), kv_head, args.rows.len() > 1);
+        let memory = side.memory(&args.k_cache);
+        for &row in args.rows {
+            let row = row as usize; // checked by `check`
+            let end = (i64::from(args.last_key[row]) + 1).clamp(keys.start as i64, keys.end as i64) as usize;
+            for head in kv_head * group..(kv_head + 1) * group {
+                let lse = args.lse.head(row, head)[0];
+                if lse == f32::NEG_INFINITY {
+                    continue;
+                }
+                widen(args.q.head(row, head), &mut q);
+                let seen = 0..end - keys.start;
+                lanes::scores::<1, 4, FUSED>(&q, memory, &side.offsets, dim, seen.clone(), args.scale, &mut scores);
+                for (total, &score) in out[seen.clone()].iter_mut().zip(&scores[seen]) {
+                    *total += lanes::exp::<FUSED>(score - lse);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Checked strided views of caller-owned memory: query rows, outputs, the paged cache, block tables.
+//!
+//! A view is made only when its shape and strides (in elements) fit its memory, so an index below the shape is in
+//! bounds. `RowsMut` is shared between threads and holds the crate's only raw pointer.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use crate::{Element, Error};
+
+/// Elements from the first to one past the last of a strided array; None when it is too large to count.
+fn extent(shape: &[usize], strides: &[usize]) -> Option<usize> {
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    let mut last = 0usize;
+    for (&n, &stride) in shape.iter().zip(strides) {
+        last = last.checked_add((n - 1).checked_mul(stride)?)?;
+    }
+    last.checked_add(1)
+}
+
+fn check(name: &'static str, len: usize, shape: &[usize], strides: &[usize]) -> Result<(), Error> {
+    match extent(shape, strides) {
+        Some(needed) if needed <= len => Ok(()),
+        _ => Err(Error::Extent { name, len }),
+    }
+}
+
+/// [rows, heads, dim] to read; one row is contiguous, rows are `row_stride` apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a, E> {
+    values: &'a [E],
+    pub(crate) rows: usize,
+    pub(crate) heads: usize,
+    pub(crate) dim: usize,
+    row_stride: usize,
+}
+
+impl<'a, E: Element> Rows<'a, E> {
+    /// Errors when `values` is too short.
+    pub fn new(
+        name: &'static str,
+        values: &'a [E],
+        [rows, heads, dim]: [usize; 3],
+        row_stride: usize,
+    ) -> Result<Self, Error> {
+        check(name, values.len(), &[rows, heads, dim], &[row_stride, dim, 1])?;
+        Ok(Rows { values, rows, heads, dim, row_stride })
+    }
+
+    /// All heads of one row, [heads * dim].
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &'a [E] {
+        &self.values[row * self.row_stride..][..self.heads * self.dim]
+    }
+
+    /// One head of one row, [dim].
+    #[inline(always)]
+    pub(crate) fn head(&self, row: usize, head: usize) -> &'a [E] {
+        &self.row(row)[head * self.dim..][..self.dim]
+    }
+}
+
+/// [rows, heads, dim] to write, laid out as `Rows`; threads write disjoint (row, head) pairs of it.
+#[derive(Debug)]
+pub struct RowsMut<'a, E> {
+    values: *mut E,
+    pub(crate) rows: usize,
+    pub(crate) heads: usize,
+    pub(crate) dim: usize,
+    row_stride: usize,
+    memory: PhantomData<&'a mut [E]>,
+}
+
+// SAFETY: it stands for a `&mut [E]`; concurrent use goes through `write_head`, whose callers write disjoint heads.
+#[allow(unsafe_code)]
+unsafe impl<E: Send> Sync for RowsMut<'_, E> {}
+
+impl<'a, E: Element> RowsMut<'a, E> {
+    /// Errors when `values` is too short or rows would overlap.
+    pub fn new(
+        name: &'static str,
+        values: &'a mut [E],
+        [rows, heads, dim]: [usize; 3],
+        row_stride: usize,
+    ) -> Result<Self, Error> {
+        check(name, values.len(), &[rows, heads, dim], &[row_stride, dim, 1])?;
+        if rows > 1 && row_stride < heads * dim {
+            return Err(Error::Extent { name, len: values.len() });
+        }
+        Ok(RowsMut { values: values.as_mut_ptr(), rows, heads, dim, row_stride, memory: PhantomData })
+    }
+
+    /// Writes `value(0..dim)` to one head of one row.
+    ///
+    /// # Safety
+    /// No other thread touches the same (row, head) during the call.
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    pub(crate) unsafe fn write_head(&self, row: usize, head: usize, value: impl Fn(usize) -> E) {
+        assert!(row < self.rows && head < self.heads);
+        // SAFETY: `new` checked the extent of the shape, row and head lie in it, and the caller alone uses this head.
+        let out = unsafe {
+            std::slice::from_raw_parts_mut(self.values.add(row * self.row_stride + head * self.dim), self.dim)
+        };
+        for (i, element) in out.iter_mut().enumerate() {
+            *element = value(i);
+        }
+    }
+}
+
+/// Shape and strides of one layer's K or V: [blocks, block_size, kv_heads, dim], dim contiguous.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CacheLayout {
+    pub(crate) num_blocks: usize,
+    pub(crate) block_size: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dim: usize,
+    strides: [usize; 3],
+}
+
+impl CacheLayout {
+    fn new(name: &'static str, len: usize, shape: [usize; 4], strides: [usize; 3]) -> Result<Self, Error> {
+        let [num_blocks, block_size, kv_heads, dim] = shape;
+        check(name, len, &shape, &[strides[0], strides[1], strides[2], 1])?;
+        if block_size == 0 || kv_heads == 0 || dim == 0 {
+            return Err(Error::Extent { name, len });
+        }
+        Ok(CacheLayout { num_blocks, block_size, kv_heads, dim, strides })
+    }
+
+    /// Where a key's vector starts.
+    #[inline(always)]
+    pub(crate) fn offset(&self, block: usize, slot: usize, kv_head: usize) -> usize {
+        block * self.strides[0] + slot * self.strides[1] + kv_head * self.strides[2]
+    }
+}
+
+/// One layer's K or V to read.
+#[derive(Clone, Copy, Debug)]
+pub struct KvCache<'a, E> {
+    pub(crate) values: &'a [E],
+    pub(crate) layout: CacheLayout,
+}
+
+impl<'a, E: Element> KvCache<'a, E> {
+    /// Shape [blocks, block_size, kv_heads, dim], strides of the first three. Errors when `values` is too short.
+    pub fn new(name: &'static str, values: &'a [E], shape: [usize; 4], strides: [usize; 3]) -> Result<Self, Error> {
+        Ok(KvCache { values, layout: CacheLayout::new(name, values.len(), shape, strides)? })
+    }
+}
+
+/// One layer's K or V to write: cells, because K and V of one pool interleave in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct KvCacheCells<'a, E: Copy> {
+    pub(crate) values: &'a [Cell<E>],
+    pub(crate) layout: CacheLayout,
+}
+
+impl<'a, E: Element> KvCacheCells<'a, E> {
+    /// As `KvCache::new`.
+    pub fn new(
+        name: &'static str,
+        values: &'a [Cell<E>],
+        shape: [usize; 4],
+        strides: [usize; 3],
+    ) -> Result<Self, Error> {
+        Ok(KvCacheCells { values, layout: CacheLayout::new(name, values.len(), shape, strides)? })
+    }
+}
+
+/// [rows, blocks] of block indices; rows are `row_stride` apart.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockTable<'a> {
+    values: &'a [i32],
+    pub(crate) rows: usize,
+    pub(crate) blocks: usize,
+    row_stride: usize,
+}
+
+impl<'a> BlockTable<'a> {
+    /// Errors when `values` is too short.
+    pub fn new(values: &'a [i32], [rows, blocks]: [usize; 2], row_stride: usize) -> Result<Self, Error> {
+        check("block_table", values.len(), &[rows, blocks], &[row_stride, 1])?;
+        Ok(BlockTable { values, rows, blocks, row_stride })
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &'a [i32] {
+        if self.blocks == 0 { &[] } else { &self.values[row * self.row_stride..][..self.blocks] }
+    }
+
+    /// Errors unless every block that holds a key of `keys` lies in the pool.
+    pub(crate) fn check_keys(
+        &self,
+        row: usize,
+        keys: std::ops::Range<usize>,
+        block_size: usize,
+        num_blocks: usize,
+    ) -> Result<(), Error> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let first = keys.start / block_size;
+        for (i, &block) in self.row(row)[first..keys.end.div_ceil(block_size)].iter().enumerate() {
+            if usize::try_from(block).map_or(true, |block| block >= num_blocks) {
+                return Err(Error::Block { row, index: first + i, block, num_blocks });
+            }
+        }
+        Ok(())
+    }
+}

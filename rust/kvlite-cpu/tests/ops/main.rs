@@ -1,0 +1,6 @@
+//! The ops against naive f64 oracles, with poisoned outputs and poisoned unreachable memory, on every instruction set.
+
+mod attention;
+mod key_mass;
+mod oracle;
+mod store_kv;
