@@ -217,5 +217,6 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    variables = cast("dict[str, Any]", environment.globals)
+    variables.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment

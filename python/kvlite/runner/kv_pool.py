@@ -1,0 +1,91 @@
+"""`KVPool`: the memory of all KV blocks and the device-resident block tables.
+
+Owns the pool tensor `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, the block table `[max_num_seqs + 1,
+blocks per sequence]` (its last row is reserved for padding) and the budget. Decides nothing: the core says which block
+goes where. Called by model_runner.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvlite.runner.plan import Plan
+
+CPU_CACHE_BYTES_LIMIT = 2 << 30
+"""Ceiling of the automatic budget on a CPU: a laptop must stay usable."""
+CPU_CACHE_SHARE = 0.25
+GPU_CACHE_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one block of a model holds."""
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of all layers."""
+        values = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
+        return values * self.dtype.itemsize
+
+
+class KVPool:
+    """KV memory of one engine."""
+
+    def __init__(self, shape: KVShape, *, num_blocks: int, max_num_seqs: int, max_model_len: int, device: torch.device):
+        self.shape = shape
+        self.num_blocks = num_blocks
+        # Zeroed lazily by the system: untouched blocks cost no memory, and no stray NaN meets a mask.
+        self.data = torch.zeros(
+            (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
+        )
+        blocks_per_seq = -(-max_model_len // shape.block_size)
+        self.block_table = torch.zeros((max_num_seqs + 1, blocks_per_seq), dtype=torch.int32, device=device)
+        self.layers = tuple((self.data[:, n, 0], self.data[:, n, 1]) for n in range(shape.num_layers))
+        """(k_cache, v_cache) per layer, each [num_blocks, block_size, kv_heads, head_dim], strided."""
+
+    def apply(self, plan: Plan) -> None:
+        """Block copies, then changes of the block table: both before anything of this plan is computed or stored."""
+        device = self.data.device
+        if len(plan.block_copy):
+            copies = torch.tensor(plan.block_copy[:, 1:], dtype=torch.int64).to(device)
+            self.data[copies[:, 1]] = self.data[copies[:, 0]]
+        if len(plan.block_update):
+            updates = torch.tensor(plan.block_update, dtype=torch.int64).to(device)
+            self.block_table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
+
+
+def cache_budget_bytes(wanted: int | None, device: torch.device) -> int:
+    """Bytes for the pool: as configured, else a share of what is free now."""
+    if wanted is not None:
+        return wanted
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free * GPU_CACHE_SHARE)
+    return min(int(available_memory_bytes() * CPU_CACHE_SHARE), CPU_CACHE_BYTES_LIMIT)
+
+
+def available_memory_bytes() -> int:
+    """Main memory that may still be taken: the system's estimate, or the container's limit where that is lower."""
+    available = 4 << 30
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            available = min(available, max(int(limit) - used, 0))
+    except (OSError, ValueError):
+        return available
+    return available

@@ -1,0 +1,177 @@
+"""Mirror of rust/kvlite-core/src/plan.rs: where each region of an int32 arena lies, and numpy views of it.
+
+Owns the layout on the Python side and compares it with the core's at start-up; never interprets what a region says.
+An arena is allocated once; a `Plan` is a set of views into it, valid until the core overwrites that arena.
+Called by engine.py (arenas, events) and model_runner.py (what to compute, where to answer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+HEADER_LEN = 32
+
+
+class Header(IntEnum):
+    """Index of each field in the header."""
+
+    PLAN_ID = 0
+    NUM_TOKENS = 1
+    NUM_SEQS = 2
+    NUM_SAMPLES = 3
+    NUM_BLOCK_UPDATES = 4
+    NUM_PREFIX_GROUPS = 5
+    NUM_PLACES = 6
+    NUM_SOURCE_BLOCKS = 7
+    NUM_SCORES = 8
+    NUM_BLOCK_COPIES = 9
+    NUM_ADMITTED = 10
+    NUM_COMMITTED = 11
+    NUM_FINISHED = 12
+    NEXT_WAKE_MS = 13
+    NUM_RUNNING = 14
+    NUM_WAITING = 15
+
+
+class SampleKind(IntEnum):
+    """Third column of a sample row."""
+
+    SAMPLE = 0
+    PROMPT_LOGPROB = 1
+
+
+class Cause(IntEnum):
+    """Why a row was given to a choice: fourth column of an admitted row."""
+
+    NEW = 0
+    RESUMED = 1
+    FORKED = 2
+    IMPORTED = 3
+
+
+class Status(IntEnum):
+    """What the runner reports of a whole plan."""
+
+    OK = 0
+    FAILED = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offset and shape of every region, in order; `size` int32 values in all."""
+
+    offsets: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    size: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        max_num_waiting: int,
+    ) -> Layout:
+        """The layout that plan.rs computes from the same limits."""
+        t, s = max_num_batched_tokens, max_num_seqs
+        nb = -(-max_model_len // block_size)
+        n, u, c, f = t + s, 2 * nb + 4 * s + -(-t // block_size), 2 * s, s + max_num_waiting
+        shapes: dict[str, tuple[int, ...]] = {
+            "header": (HEADER_LEN,), "token_ids": (t,), "positions": (t,), "last_key": (t,), "slot_mapping": (t,),
+            "segment_slot": (t,), "query_start": (s + 1,), "context_len": (s,), "seq_row": (s,), "sample": (n, 3),
+            "block_update": (u, 3), "prefix_group": (s, 3), "place": (s, 6), "source_blocks": (2 * nb,),
+            "score": (s, 5), "block_copy": (c, 3), "admitted": (s, 5), "committed": (2 * s, 3), "finished": (f, 3),
+            "done_plan_id": (1,), "status": (1,), "sampled": (n,), "selected": (t,),
+        }  # fmt: skip
+        offsets: dict[str, int] = {}
+        size = 0
+        for name, shape in shapes.items():
+            offsets[name] = size
+            size += int(np.prod(shape))
+        return cls(offsets, shapes, size)
+
+    def views(self, data: Int32) -> dict[str, Int32]:
+        """Every region of an arena at its full capacity."""
+        return {
+            name: data[offset : offset + int(np.prod(self.shapes[name]))].reshape(self.shapes[name])
+            for name, offset in self.offsets.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Views of what one plan holds, cut to its counts. Shapes as in `Layout.of`; all int32."""
+
+    plan_id: int
+    num_tokens: int
+    num_seqs: int
+    next_wake_ms: int
+    num_running: int
+    num_waiting: int
+    token_ids: Int32
+    positions: Int32
+    last_key: Int32
+    slot_mapping: Int32
+    query_start: Int32
+    context_len: Int32
+    seq_row: Int32
+    sample: Int32
+    block_update: Int32
+    block_copy: Int32
+    admitted: Int32
+    committed: Int32
+    finished: Int32
+    sampled: Int32
+    """The runner's answer per sample row; below 0 ends that row's request with an error."""
+
+
+class Arena:
+    """One int32 buffer that the core fills and the runner answers in."""
+
+    def __init__(self, layout: Layout, *, pinned: bool = False) -> None:
+        buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
+        self.data: Int32 = buffer.numpy()
+        self._views = layout.views(self.data)
+
+    def read(self) -> Plan:
+        """The plan that the core wrote last."""
+        header: list[int] = self._views["header"].tolist()
+        views = self._views
+        tokens, seqs, samples = header[Header.NUM_TOKENS], header[Header.NUM_SEQS], header[Header.NUM_SAMPLES]
+        return Plan(
+            plan_id=header[Header.PLAN_ID],
+            num_tokens=tokens,
+            num_seqs=seqs,
+            next_wake_ms=header[Header.NEXT_WAKE_MS],
+            num_running=header[Header.NUM_RUNNING],
+            num_waiting=header[Header.NUM_WAITING],
+            token_ids=views["token_ids"][:tokens],
+            positions=views["positions"][:tokens],
+            last_key=views["last_key"][:tokens],
+            slot_mapping=views["slot_mapping"][:tokens],
+            query_start=views["query_start"][: seqs + 1],
+            context_len=views["context_len"][:seqs],
+            seq_row=views["seq_row"][:seqs],
+            sample=views["sample"][:samples],
+            block_update=views["block_update"][: header[Header.NUM_BLOCK_UPDATES]],
+            block_copy=views["block_copy"][: header[Header.NUM_BLOCK_COPIES]],
+            admitted=views["admitted"][: header[Header.NUM_ADMITTED]],
+            committed=views["committed"][: header[Header.NUM_COMMITTED]],
+            finished=views["finished"][: header[Header.NUM_FINISHED]],
+            sampled=views["sampled"][:samples],
+        )
+
+    def complete(self, plan_id: int, status: Status) -> None:
+        """Says that plan `plan_id` is done; its sampled ids must be in place."""
+        self._views["status"][0] = status
+        self._views["done_plan_id"][0] = plan_id
