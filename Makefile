@@ -20,6 +20,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # One interpreter for every build of pyo3, or cargo and maturin would compile it in turns.
 export PYO3_PYTHON := $(abspath $(PY))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 KVLITE_SEEDS ?= 10000
 PYTEST_ARGS ?=
