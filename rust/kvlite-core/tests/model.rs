@@ -3,144 +3,37 @@
 //!
 //! A failing seed is printed; `KVLITE_MODEL_SEED=<seed>` replays it alone, `KVLITE_MODEL_SEEDS=<n>` runs n seeds per regime.
 
-use kvlite_core::cache::{BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit, Provenance};
+mod naive;
+
+use kvlite_core::cache::{BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, Provenance};
 use kvlite_core::{BlockId, CoreConfig, Namespace, PolicyKind, TenantId, Token};
+use naive::{Entry, Naive, Random, Regime};
 
 const OPERATIONS_PER_SEED: usize = 5_000;
 
-/// One stored block: a whole path of tokens and what is known about its end.
-struct Entry {
-    tenant: u32,
-    path: Vec<Token>,
-    block: BlockId,
-    users: u32,
-    /// When the entry lost its last protection; none while it is protected.
-    released: Option<u64>,
-    born: u64,
+/// How often the interesting things happened; a regime in which one of them is rare tests little.
+#[derive(Debug, Default)]
+struct Seen {
+    evicted: usize,
+    refused: usize,
+    duplicates: usize,
+    revived: usize,
+    full_hits: usize,
+    partial_hits: usize,
+    crowded_matches: usize,
 }
 
-/// The obvious cache: a list, searched from end to end for every question.
-struct Naive {
-    regime: Regime,
-    entries: Vec<Entry>,
-    private: Vec<BlockId>,
-    in_transfer: Vec<BlockId>,
-    /// Every name the cache has given away so far.
-    named: Vec<BlockId>,
-    clock: u64,
-}
-
-impl Naive {
-    fn tick(&mut self) -> u64 {
-        self.clock += 1;
-        self.clock
-    }
-
-    fn position(&self, tenant: u32, path: &[Token]) -> Option<usize> {
-        self.entries.iter().position(|entry| entry.tenant == tenant && entry.path == path)
-    }
-
-    fn is_protected(&self, tenant: u32, path: &[Token]) -> bool {
-        self.entries.iter().any(|entry| entry.tenant == tenant && entry.users > 0 && entry.path.starts_with(path))
-    }
-
-    fn counts(&self) -> BlockCounts {
-        let cached = self.entries.iter().filter(|entry| entry.released.is_some()).count();
-        let owned = self.entries.len() - cached + self.private.len();
-        let in_transfer = self.in_transfer.len();
-        BlockCounts { free: self.regime.num_blocks - cached - owned - in_transfer, cached, owned, in_transfer }
-    }
-
-    fn oldest(&self) -> Option<usize> {
-        let released = (0..self.entries.len()).filter(|&at| self.entries[at].released.is_some());
-        released.min_by_key(|&at| self.entries[at].released)
-    }
-
-    fn evict(&mut self) {
-        let at = self.oldest().expect("something is cached");
-        let gone = self.entries.swap_remove(at);
-        let has_tail =
-            self.entries.iter().any(|entry| entry.tenant == gone.tenant && entry.path.starts_with(&gone.path));
-        assert!(!has_tail, "the model evicts {:?} from the middle of a path", gone.path);
-    }
-
-    fn pin(&mut self, tenant: u32, path: &[Token]) {
-        let at = self.position(tenant, path).expect("only stored paths are pinned");
-        self.entries[at].users += 1;
-        for entry in self.entries.iter_mut().filter(|entry| entry.tenant == tenant && path.starts_with(&entry.path)) {
-            entry.released = None;
+impl Seen {
+    /// One seed is long enough for each of them.
+    fn check(&self, regime: Regime) {
+        assert!(self.refused > 0 && self.duplicates > 0, "too little happened: {self:?}");
+        if regime.keeps_released {
+            assert!(self.evicted > 100 && self.revived > 50 && self.full_hits > 1000, "too little happened: {self:?}");
+            let has_parts = regime.block_size > 1;
+            assert!((self.partial_hits > 100) == has_parts, "partial hits of {regime:?}: {self:?}");
+            let can_crowd = regime.vocab.pow(regime.block_size as u32) > MAX_PARTIAL_CANDIDATES as u64;
+            assert!((self.crowded_matches > 0) == can_crowd, "crowded parents of {regime:?}: {self:?}");
         }
-    }
-
-    fn unpin(&mut self, tenant: u32, path: &[Token]) {
-        let at = self.position(tenant, path).expect("only stored paths are pinned");
-        self.entries[at].users -= 1;
-        for len in (1..=path.len() / self.regime.block_size).rev() {
-            let prefix = &path[..len * self.regime.block_size];
-            let at = self.position(tenant, prefix).expect("a stored path is stored from its beginning");
-            if !self.is_protected(tenant, prefix) && self.entries[at].released.is_none() {
-                self.entries[at].released = Some(self.tick());
-                if !self.regime.keeps_released {
-                    self.entries.swap_remove(at);
-                }
-            }
-        }
-    }
-
-    fn longest_match(&self, tenant: u32, tokens: &[Token], max_blocks: usize) -> (Vec<BlockId>, Option<PartialHit>) {
-        let block_size = self.regime.block_size;
-        let mut hits = Vec::new();
-        if !self.regime.keeps_released {
-            return (hits, None);
-        }
-        while hits.len() < max_blocks && tokens.len() >= (hits.len() + 1) * block_size {
-            match self.position(tenant, &tokens[..(hits.len() + 1) * block_size]) {
-                Some(at) => hits.push(self.entries[at].block),
-                None => break,
-            }
-        }
-        let (known, rest) = tokens.split_at(hits.len() * block_size);
-        let is_child = |entry: &&Entry| {
-            entry.tenant == tenant && entry.path.len() == known.len() + block_size && entry.path.starts_with(known)
-        };
-        let mut children: Vec<&Entry> = self.entries.iter().filter(is_child).collect();
-        children.sort_by_key(|entry| std::cmp::Reverse(entry.born));
-        children.truncate(if hits.is_empty() { 0 } else { MAX_PARTIAL_CANDIDATES });
-        let shared = |entry: &Entry| {
-            let same = entry.path[known.len()..].iter().zip(rest).take_while(|(have, want)| have == want).count();
-            same.min(block_size - 1)
-        };
-        let longest = children.iter().map(|entry| shared(entry)).max().unwrap_or(0);
-        let best = children.iter().find(|entry| longest > 0 && shared(entry) == longest);
-        (hits, best.map(|entry| PartialHit { block: entry.block, len: longest as u32 }))
-    }
-}
-
-/// The size of everything; small numbers collide.
-#[derive(Clone, Copy)]
-struct Regime {
-    name: u64,
-    num_blocks: usize,
-    block_size: usize,
-    vocab: u64,
-    tenants: u64,
-    keeps_released: bool,
-}
-
-/// SplitMix64: random enough, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-
-    fn index(&mut self, len: usize) -> usize {
-        self.below(len as u64) as usize
     }
 }
 
@@ -151,6 +44,7 @@ struct Pair {
     random: Random,
     pins: Vec<(u32, Vec<Token>, BlockId)>,
     out: Vec<BlockId>,
+    seen: Seen,
 }
 
 impl Pair {
@@ -172,11 +66,10 @@ impl Pair {
         };
         let naive = Naive { regime, entries: vec![], private: vec![], in_transfer: vec![], named: vec![], clock: 0 };
         let random = Random(seed ^ regime.name << 32);
-        Pair { cache: Cache::new(&config), naive, random, pins: vec![], out: vec![] }
+        Pair { cache: Cache::new(&config), naive, random, pins: vec![], out: vec![], seen: Seen::default() }
     }
 
-    fn tokens(&mut self, len: usize) -> Vec<Token> {
-        let vocab = self.naive.regime.vocab;
+    fn tokens(&mut self, len: usize, vocab: u64) -> Vec<Token> {
         (0..len).map(|_| self.random.below(vocab) as Token).collect()
     }
 
@@ -194,7 +87,7 @@ impl Pair {
             tokens.truncate(cut);
         }
         let len = self.random.index(3 * self.naive.regime.block_size + 1);
-        tokens.extend(self.tokens(len));
+        tokens.extend(self.tokens(len, self.naive.regime.vocab));
         (tenant, tokens)
     }
 
@@ -208,8 +101,13 @@ impl Pair {
         let (hits, naive_partial) = self.naive.longest_match(tenant, &tokens, max_blocks);
         assert_eq!(self.out, hits, "hits of {tokens:?}, at most {max_blocks}, tenant {tenant}");
         assert_eq!(partial, naive_partial, "partial hit of {tokens:?}, at most {max_blocks}, tenant {tenant}");
+        self.seen.full_hits += hits.len();
+        let path = &tokens[..hits.len() * self.naive.regime.block_size];
+        let num_children = self.naive.children(tenant, path).len();
+        self.seen.crowded_matches += usize::from(!hits.is_empty() && num_children > MAX_PARTIAL_CANDIDATES);
+        self.seen.partial_hits += usize::from(partial.is_some());
         let last = *hits.last()?;
-        Some((tenant, tokens[..hits.len() * self.naive.regime.block_size].to_vec(), last))
+        Some((tenant, path.to_vec(), last))
     }
 
     fn alloc(&mut self) {
@@ -226,10 +124,12 @@ impl Pair {
         assert_eq!(done, count <= counts.free + counts.cached, "alloc of {count} with {counts:?}");
         assert_eq!(self.out.len(), if done { count } else { 0 }, "alloc is all or nothing");
         if !done {
+            self.seen.refused += 1;
             return;
         }
         for _ in counts.free..count {
             self.naive.evict();
+            self.seen.evicted += 1;
         }
         for &block in &self.out {
             assert!((block.index as usize) < self.naive.regime.num_blocks, "{block:?} is not in the pool");
@@ -243,27 +143,36 @@ impl Pair {
         }
     }
 
+    /// The pin below which the next block goes; none for a new first block.
+    fn parent(&mut self) -> Option<usize> {
+        if self.pins.is_empty() || self.random.below(6) == 0 {
+            return None;
+        }
+        // Half of the time a shortest path, so that some block gets more children than a match looks at.
+        let shortest = (0..self.pins.len()).min_by_key(|&pin| self.pins[pin].1.len());
+        if self.random.below(2) == 0 { shortest } else { Some(self.random.index(self.pins.len())) }
+    }
+
     fn insert(&mut self) {
         if self.naive.private.is_empty() {
             return;
         }
         let at = self.random.index(self.naive.private.len());
         let block = self.naive.private[at];
-        let parent = if self.pins.is_empty() || self.random.below(4) == 0 {
-            None
-        } else {
-            Some(self.random.index(self.pins.len()))
-        };
+        let parent = self.parent();
         let tenant = self.tenant();
         let (tenant, mut path, above) = parent
             .map_or((tenant, vec![], None), |pin| (self.pins[pin].0, self.pins[pin].1.clone(), Some(self.pins[pin].2)));
-        let tokens = self.tokens(self.naive.regime.block_size);
+        // Few first blocks, so that paths share them.
+        let vocab = if parent.is_none() && self.random.below(4) > 0 { 1 } else { self.naive.regime.vocab };
+        let tokens = self.tokens(self.naive.regime.block_size, vocab);
         path.extend(&tokens);
         let done = self.cache.insert(Namespace::exact(TenantId(tenant)), above, &tokens, block, Provenance::Exact);
         match self.naive.position(tenant, &path) {
             Some(existing) => {
                 let existing = self.naive.entries[existing].block;
                 assert_eq!(done, Inserted::Duplicate(existing), "{path:?} is stored already");
+                self.seen.duplicates += 1;
                 self.naive.pin(tenant, &path);
                 self.pins.push((tenant, path, existing));
             }
@@ -277,7 +186,7 @@ impl Pair {
         }
         // A sequence moves its pin to the end of its path; a fork leaves one behind.
         if let Some(pin) = parent
-            && self.random.below(4) > 0
+            && self.random.below(2) == 0
         {
             self.unpin(pin);
         }
@@ -290,6 +199,7 @@ impl Pair {
     }
 
     fn pin(&mut self, pin: (u32, Vec<Token>, BlockId)) {
+        self.seen.revived += usize::from(self.cache.state(pin.2) == BlockState::Cached);
         self.cache.pin(pin.2);
         self.naive.pin(pin.0, &pin.1);
         self.pins.push(pin);
@@ -395,6 +305,7 @@ fn run(regime: Regime, default_seeds: u64) {
             pair.compare();
             at.operation += 1;
         }
+        pair.seen.check(regime);
     }
 }
 
@@ -402,20 +313,20 @@ const TINY: Regime = Regime { name: 1, num_blocks: 10, block_size: 2, vocab: 2, 
 
 #[test]
 fn random_operations_agree_with_the_naive_cache_where_everything_collides() {
-    run(TINY, 120);
+    run(TINY, 240);
 }
 
 #[test]
 fn random_operations_agree_with_the_naive_cache_where_a_block_has_more_children_than_a_match_looks_at() {
-    run(Regime { name: 2, num_blocks: 24, block_size: 3, vocab: 3, tenants: 1, ..TINY }, 40);
+    run(Regime { name: 2, num_blocks: 40, block_size: 3, vocab: 3, tenants: 1, ..TINY }, 100);
 }
 
 #[test]
 fn random_operations_agree_with_the_naive_cache_when_blocks_hold_one_token() {
-    run(Regime { name: 3, num_blocks: 7, block_size: 1, vocab: 2, tenants: 2, ..TINY }, 40);
+    run(Regime { name: 3, num_blocks: 7, block_size: 1, vocab: 2, tenants: 2, ..TINY }, 100);
 }
 
 #[test]
 fn random_operations_agree_with_the_naive_cache_when_nothing_is_kept() {
-    run(Regime { name: 4, keeps_released: false, ..TINY }, 20);
+    run(Regime { name: 4, keeps_released: false, ..TINY }, 40);
 }
