@@ -1,0 +1,147 @@
+"""The command `kvlite`: serve, chat, demo.
+
+Owns flags (derived from EngineConfig, never written twice), exit codes (0 fine, 1 could not, 2 usage) and the rule that
+a user sees one clear line, not a traceback. Imports nothing heavy before a command runs, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvlite.config import EngineConfig, Setting, env_name, flag_name, setting_of
+from kvlite.errors import ConfigError, KvliteError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kvlite", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvlite {metadata.version('kvlite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A minimal LLM serving engine that treats KV cache as the product."""
+
+
+@contextmanager
+def _one_line_errors() -> Generator[None]:
+    """What the user caused ends in one line on stderr and an exit status."""
+    try:
+        yield
+    except ConfigError as error:
+        flag = flag_name(error.field) if error.field in {item.name for item in fields(EngineConfig)} else error.field
+        typer.echo(f"kvlite: {flag}: {error.message}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    except (KvliteError, OSError) as error:
+        typer.echo(f"kvlite: {error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _flag(name: str, setting: Setting, default: object) -> inspect.Parameter:
+    """One option. Values stay text until EngineConfig checks them: one place knows kinds and ranges."""
+    shown = f"auto: {setting.auto}" if default is None else str(default)
+    text = f"{setting.help} [{setting.range_text}; default {shown}; {env_name(name)}]"
+    if setting.kind is bool:
+        flag = flag_name(name)
+        annotation: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+    else:
+        metavar = setting.unit.upper() or ("TEXT" if setting.kind is str else setting.kind.__name__.upper())
+        annotation = Annotated[
+            str | None, typer.Option(flag_name(name), help=text, metavar=metavar, show_default=False)
+        ]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _with_settings(*, server: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command MODEL, a flag per setting (those of the server only where asked) and --print-config.
+
+    The command gets the finished EngineConfig as its only argument.
+    """
+
+    def decorate(command: Callable[[EngineConfig], None]) -> Callable[..., None]:
+        model = Annotated[str | None, typer.Argument(help="Model directory; default: the small model that ships.")]
+        parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=model)]
+        for item in fields(EngineConfig):
+            setting = setting_of(item)
+            if item.name != "model" and (server or not setting.server):
+                parameters.append(_flag(item.name, setting, item.default))
+        show = Annotated[bool, typer.Option("--print-config", help="Print the settings in force and exit.")]
+        parameters.append(
+            inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=show)
+        )
+
+        def run(*, print_config: bool, **values: Any) -> None:
+            with _one_line_errors():
+                config = EngineConfig.from_env(**values)
+                if print_config:
+                    typer.echo(config.describe())
+                else:
+                    command(config)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {}
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        return run
+
+    return decorate
+
+
+@app.command(name="serve")
+@_with_settings(server=True)
+def serve_command(config: EngineConfig) -> None:
+    """Serve MODEL over HTTP in OpenAI's wire format."""
+    from kvlite.server.__main__ import serve
+
+    raise typer.Exit(serve(config))
+
+
+@app.command(name="chat")
+@_with_settings(server=False)
+def chat_command(config: EngineConfig) -> None:
+    """Talk to MODEL in the terminal. Ctrl-C stops an answer, /quit ends."""
+    from kvlite.chat import chat
+
+    chat(config)
+
+
+@app.command(name="demo")
+def demo_command() -> None:
+    """Start a server on the small model, ask it about 17 documents, show what the prefix cache saves."""
+    from kvlite.demo import demo
+
+    with _one_line_errors():
+        raise typer.Exit(demo())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The routes: bytes in, checked call, engine, answer out.
+
+Owns `create_app` and the walk of one request; parsing and tokenising run in a worker thread, never on the event loop.
+Knows the engine as AsyncEngine and no deeper. A client that goes away aborts its request in every phase. Called by
+__main__.py and by tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from kvlite.async_engine import AsyncEngine
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvlite.config import EngineConfig
+from kvlite.errors import InvalidRequestError, KvliteError
+from kvlite.server.failures import HttpError, error_body, headers_of, status_of
+from kvlite.server.gate import ClientGone, Gate, read_body, unless_gone
+from kvlite.server.metrics import Meter
+from kvlite.server.protocol import Limits, Options, UnknownModelError, parse_chat, parse_completion
+from kvlite.server.stream import event_stream, whole_answer
+from kvlite.server.wire import Call, ChatWire, Prompt, TextWire, Wire
+from kvlite.types import Delta
+
+CLIENT_GONE_STATUS = 499
+"""nginx's number for an answer that nobody waits for; seen in the access log only."""
+
+
+def create_app(engine: AsyncEngine, config: EngineConfig, model: str) -> ASGIApp:
+    """The application of one engine. `model` is its name in the API."""
+    routes = _Routes(engine, config, model)
+    app = FastAPI(title="kvlite", version=version(), docs_url=None, redoc_url=None)
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", routes.complete, methods=["POST"])
+    app.add_api_route("/v1/models", routes.models, methods=["GET"])
+    app.add_api_route("/v1/models/{model_id:path}", routes.model, methods=["GET"])
+    app.add_api_route("/health", routes.health, methods=["GET"])
+    app.add_api_route("/ready", routes.ready, methods=["GET"])
+    app.add_api_route("/version", routes.version, methods=["GET"])
+    app.add_api_route("/metrics", routes.metrics, methods=["GET"])
+    for kind in (KvliteError, HTTPException, RequestValidationError, ClientGone, Exception):
+        app.add_exception_handler(kind, _refuse)
+    return Gate(app, config.api_key)
+
+
+def version() -> str:
+    """Of the installed package."""
+    return importlib.metadata.version("kvlite")
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """`value` as a JSON answer."""
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Every error in OpenAI's shape."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=CLIENT_GONE_STATUS)
+    if isinstance(error, HTTPException):
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        error = HttpError(error.status_code, code, message, dict(error.headers or {}))
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        error = InvalidRequestError(".".join(map(str, first["loc"])), str(first["msg"]))
+    return json_response(error_body(error), status_of(error), headers_of(error))
+
+
+class _Routes:
+    """The handlers of one engine."""
+
+    def __init__(self, engine: AsyncEngine, config: EngineConfig, model: str) -> None:
+        self._engine = engine
+        self._tokenizer = engine.tokenizer
+        self._created = int(time.time())
+        self._meter = Meter(model, engine.stats)
+        self._config = config
+        self._limits = Limits(
+            model=model,
+            vocab_size=engine.vocab_size,
+            max_model_len=engine.max_model_len,
+            config=config,
+        )
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        call = await self._prepare(request, self._chat_call)
+        return await self._answer(request, call, ChatWire(call, self._tokenizer.token_bytes))
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        call = await self._prepare(request, self._completion_call)
+        return await self._answer(request, call, TextWire(call, self._tokenizer.token_text))
+
+    async def models(self) -> Response:
+        """GET /v1/models."""
+        return json_response({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, model_id: str) -> Response:
+        """GET /v1/models/{id}."""
+        if model_id != self._limits.model:
+            raise UnknownModelError(model_id, self._limits.model)
+        return json_response(self._model_card())
+
+    async def health(self) -> Response:
+        """GET /health: can this process still answer? Open to everybody."""
+        if not self._engine.healthy:
+            return json_response({"status": "dead"}, 503)
+        return json_response({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """GET /ready: should a balancer send requests here?"""
+        if not self._engine.healthy or self._engine.draining:
+            return json_response({"status": "not ready"}, 503)
+        return json_response({"status": "ready"})
+
+    async def version(self) -> Response:
+        """GET /version."""
+        return json_response({"version": version()})
+
+    async def metrics(self) -> Response:
+        """GET /metrics."""
+        return Response(self._meter.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._limits.model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "kvlite",
+            "max_model_len": self._limits.max_model_len,
+        }
+
+    async def _prepare(self, request: Request, make: Callable[[bytes, str], Call]) -> Call:
+        body = await read_body(request.receive, self._config.max_body_bytes)
+        return await asyncio.to_thread(make, body, request.state.request_id)
+
+    def _chat_call(self, body: bytes, request_id: str) -> Call:
+        chat = parse_chat(body, self._limits)
+        ids = self._tokenizer.apply_chat_template(
+            chat.messages, add_generation_prompt=chat.add_generation_prompt, **chat.template_variables
+        )
+        return self._call("chatcmpl-" + request_id, chat.options, (Prompt(tuple(ids)),))
+
+    def _completion_call(self, body: bytes, request_id: str) -> Call:
+        completion = parse_completion(body, self._limits)
+        prompts: list[Prompt] = []
+        for prompt in completion.prompts:
+            ids = tuple(self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+            text = ""
+            if completion.echo:
+                text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+            prompts.append(Prompt(ids, text))
+        return self._call("cmpl-" + request_id, completion.options, tuple(prompts), completion.echo)
+
+    def _call(self, id: str, options: Options, prompts: tuple[Prompt, ...], echo: bool = False) -> Call:
+        """Checks what only the tokens show; the engine checks each prompt again by itself."""
+        params, limit = options.params, self._config.max_request_tokens
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if longest == 0:
+            raise InvalidRequestError("prompt", "empty: at least one token is needed")
+        wanted = sum(len(prompt.ids) + (params.max_tokens or 0) for prompt in prompts) * params.n
+        if wanted > limit:
+            raise InvalidRequestError("prompt", f"the call asks for {wanted} tokens, at most {limit} are allowed")
+        return Call(id, int(time.time()), self._limits.model, options, prompts, echo)
+
+    async def _answer(self, request: Request, call: Call, wire: Wire) -> Response:
+        arrival = self._meter.now()
+
+        def source(prompt: Prompt) -> AsyncGenerator[Delta, None]:
+            deltas = self._engine.stream(
+                prompt.ids, call.params, priority=call.options.priority, timeout_s=self._config.request_timeout_s
+            )
+            return self._meter.watch(deltas, arrival)
+
+        if not call.options.stream:
+            return json_response(await unless_gone(request.receive, whole_answer(source, call, wire)))
+        events = event_stream(source, call, wire)
+        # The first event decides the status: capacity and validation errors are no 200.
+        first = await unless_gone(request.receive, _next(events))
+        return EventStream(first, events)
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+class EventStream(Response):
+    """Server-sent events whose source is closed when the last one is sent, the client goes, or sending fails."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream"
+        )
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI answer."""
+        async with aclosing(self._rest):
+            with suppress(ClientGone):
+                await unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        async for event in self._rest:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,127 @@
+"""The door: request id, key and body size, before any route is looked at.
+
+Owns `Gate` (pure ASGI: nothing but /health passes without the key, compared on the raw path), the body reader
+and the watch on vanished clients. Knows no endpoint. Wrapped around the application by app.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvlite.server.failures import HttpError, error_body, headers_of, status_of
+
+T = TypeVar("T")
+
+OPEN_PATH = b"/health"
+BODY_TIMEOUT_S = 30.0
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody is left to tell."""
+
+
+class Gate:
+    """Deny by default. Adds x-request-id to every answer; takes the client's when it is a plain word."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        if self._allows(scope, headers):
+            await self._app(scope, receive, send_with_id)
+        else:
+            refusal = HttpError(
+                401, "invalid_api_key", "send the server's key as: Authorization: Bearer <key>",
+                {"www-authenticate": "Bearer"},
+            )  # fmt: skip
+            await send_error(refusal, send_with_id)
+
+    def _allows(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+        if self._key is None or scope.get("raw_path", b"") == OPEN_PATH:
+            return True
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
+
+
+async def send_error(error: Exception, send: Send) -> None:
+    """An error as a whole ASGI answer."""
+    body = msgspec.json.encode(error_body(error))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **headers_of(error)}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status_of(error),
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(receive: Receive, max_bytes: int) -> bytes:
+    """The request's body, counted as it streams. Raises HttpError 413 or 408, ClientGone."""
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part: bytes = message.get("body", b"")
+                size += len(part)
+                if size > max_bytes:
+                    # Closed, so that the rest of the body is not read as the next request.
+                    closing = {"connection": "close"}
+                    raise HttpError(413, "body_too_large", f"body: larger than {max_bytes} bytes", closing)
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        closing = {"connection": "close"}
+        raise HttpError(408, "body_timeout", f"body: not complete after {BODY_TIMEOUT_S:g} s", closing) from None
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; when the client disconnects first, `work` is cancelled, awaited, and ClientGone raised."""
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

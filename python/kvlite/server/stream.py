@@ -1,0 +1,135 @@
+"""From deltas to OpenAI's answers: chunks of a stream, or one whole body.
+
+Owns the order of events and the merging of several prompts into one answer; wire.py spells them. Sees the engine as
+`Source`. Closing an iterator from here aborts what it still runs. Called by app.py, one `Call` a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from kvlite.errors import EngineClosedError, EngineError, KvliteError
+from kvlite.server.failures import RequestTimeoutError, error_body
+from kvlite.server.wire import Call, Chunk, Gathered, Prompt, Wire, usage_fields
+from kvlite.types import Delta, FinishReason, Usage
+
+MERGE_QUEUE = 16
+"""Deltas of a batch that wait for a slow client before the prompts' own queues hold them."""
+
+Source = Callable[[Prompt], AsyncGenerator[Delta, None]]
+"""Starts one prompt and gives its deltas; closing the generator aborts the request."""
+
+
+async def merged(source: Source, prompts: Sequence[Prompt]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(number of the prompt, delta) as they come. A failure of one prompt ends all; closing aborts all."""
+    if len(prompts) == 1:
+        async with aclosing(source(prompts[0])) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(MERGE_QUEUE)
+
+    async def pump(number: int, prompt: Prompt) -> None:
+        try:
+            async with aclosing(source(prompt)) as deltas:
+                async for delta in deltas:
+                    await queue.put((number, delta))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(pump(number, prompt)) for number, prompt in enumerate(prompts)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def check_end(delta: Delta) -> None:
+    """Raise for an end that is no answer."""
+    if delta.finish_reason is FinishReason.ERROR:
+        raise EngineError(delta.error or "the request failed inside the engine")
+    if delta.finish_reason is FinishReason.TIMEOUT:
+        raise RequestTimeoutError
+    if delta.finish_reason is FinishReason.CANCELLED:
+        raise EngineClosedError("the request was cancelled because the server shuts down")
+
+
+async def whole_answer(source: Source, call: Call, wire: Wire) -> Chunk:
+    """The answer in one piece. Raises what the engine raises, and for every choice that did not end well."""
+    choices = [Gathered() for _ in range(len(call.prompts) * call.params.n)]
+    usages: list[Usage] = []
+    async with aclosing(merged(source, call.prompts)) as deltas:
+        async for number, delta in deltas:
+            check_end(delta)
+            choices[number * call.params.n + delta.index].add(delta)
+            if delta.usage is not None:
+                usages.append(delta.usage)
+    body = _envelope(call, wire.object)
+    body["choices"] = [wire.whole(index, choice) for index, choice in enumerate(choices)]
+    body |= usage_fields(call, usages)
+    return body
+
+
+async def event_stream(source: Source, call: Call, wire: Wire) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events. Raises before the first event only; later failures are an event."""
+    usages: list[Usage] = []
+    opened: set[int] = set()
+    try:
+        async with aclosing(merged(source, call.prompts)) as deltas:
+            async for number, delta in deltas:
+                index = number * call.params.n + delta.index
+                if index not in opened:
+                    # An error before the first chunk still becomes a status code.
+                    check_end(delta)
+                    opened.add(index)
+                    if (choice := wire.opening(index)) is not None:
+                        yield _event(call, wire, [choice], first=len(opened) == 1)
+                if (choice := wire.piece(index, delta)) is not None:
+                    yield _event(call, wire, [choice])
+                check_end(delta)
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+        if call.options.include_usage:
+            yield _event(call, wire, [], usage=usage_fields(call, usages))
+    except KvliteError as error:
+        if not opened:
+            raise
+        yield sse(error_body(error))
+    yield b"data: [DONE]\n\n"
+
+
+def sse(value: Chunk) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _envelope(call: Call, object: str) -> Chunk:
+    return {"id": call.id, "object": object, "created": call.created, "model": call.model}
+
+
+def _event(call: Call, wire: Wire, choices: list[Chunk], *, first: bool = False, usage: Chunk | None = None) -> bytes:
+    body = _envelope(call, wire.chunk_object)
+    body["choices"] = choices
+    if usage is not None:
+        body |= usage
+    elif call.options.include_usage:
+        body["usage"] = None
+    if first and call.options.warnings:
+        body["warnings"] = call.options.warnings
+    return sse(body)
