@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 
 import numpy as np
 import torch
@@ -97,13 +98,13 @@ class Layout:
         size = 0
         for name, shape in shapes.items():
             offsets[name] = size
-            size += int(np.prod(shape))
+            size += prod(shape)
         return cls(offsets, shapes, size)
 
-    def views(self, data: Int32) -> dict[str, Int32]:
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every region of an arena at its full capacity."""
         return {
-            name: data[offset : offset + int(np.prod(self.shapes[name]))].reshape(self.shapes[name])
+            name: buffer[offset : offset + prod(self.shapes[name])].view(self.shapes[name])
             for name, offset in self.offsets.items()
         }
 
@@ -136,12 +137,24 @@ class Plan:
 
 
 class Arena:
-    """One int32 buffer that the core fills and the runner answers in."""
+    """One int32 buffer that the core fills and the runner answers in, and its copy on the device."""
 
-    def __init__(self, layout: Layout, *, pinned: bool = False) -> None:
-        buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
-        self.data: Int32 = buffer.numpy()
-        self._views = layout.views(self.data)
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        on_host = device.type == "cpu"
+        self._buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=not on_host)
+        self._device_buffer = self._buffer if on_host else torch.zeros_like(self._buffer, device=device)
+        # What the device reads ends where the core's bookkeeping begins.
+        self._device_len = layout.offsets["prefix_group"]
+        self.data: Int32 = self._buffer.numpy()
+        self._views: dict[str, Int32] = {name: view.numpy() for name, view in layout.views(self._buffer).items()}
+        self.tensors = layout.views(self._device_buffer)
+        """Regions on the device at full capacity; current after `upload`."""
+
+    def upload(self) -> None:
+        """Copies the plan to the device, in one piece; nothing to do on a CPU."""
+        if self._device_buffer is not self._buffer:
+            used = slice(0, self._device_len)
+            self._device_buffer[used].copy_(self._buffer[used], non_blocking=True)
 
     def read(self) -> Plan:
         """The plan that the core wrote last."""

@@ -1,0 +1,112 @@
+"""`ChoiceOutput`: one choice on its way out: ids to text, stop strings, log-probabilities, deltas.
+
+Owns what was generated and what was shown of it. Text that may be the beginning of a stop string is held back, so no
+part of one is ever shown. Knows neither core nor device. Called by engine.py.
+"""
+
+from __future__ import annotations
+
+from kvlite.request import ValidatedRequest
+from kvlite.runner.sampler import RawLogprobs
+from kvlite.tokenizer import Detokenizer, Tokenizer
+from kvlite.types import Delta, FinishReason, Logprob, TokenLogprobs, Usage
+
+
+class StopMatcher:
+    """Finds the first of several stop strings in text that comes in pieces. O(text) for bounded stop strings."""
+
+    def __init__(self, stops: tuple[str, ...], include: bool) -> None:
+        self._stops = stops
+        self._include = include
+        self._longest = max(map(len, stops), default=0)
+        self._held: str = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """(text that may be shown, the stop string that was found). After a find nothing more may be pushed."""
+        if not self._stops:
+            return text, None
+        text = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, stop = min(found)
+            self._held = ""
+            return text[: at + len(stop) if self._include else at], stop
+        kept = self._held_len(text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept], None
+
+    def flush(self) -> str:
+        """What was held back in vain."""
+        held, self._held = self._held, ""
+        return held
+
+    def _held_len(self, text: str) -> int:
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[len(text) - size :]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return size
+        return 0
+
+
+class ChoiceOutput:
+    """What one choice has produced. `finish_reason` is set once; nothing is accepted afterwards."""
+
+    def __init__(self, request: ValidatedRequest, index: int, tokenizer: Tokenizer) -> None:
+        params = request.params
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._request = request
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._stops = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
+        self._text: list[str] = []
+        self._num_shown = 0
+        self._logprobs: list[TokenLogprobs] = []
+
+    def push(self, token: int, raw: RawLogprobs | None) -> bool:
+        """Takes the next id; True when its text completes a stop string, which ends the choice here."""
+        self.token_ids.append(token)
+        if raw is not None:
+            self._logprobs.append(readable(raw, self._tokenizer))
+        params = self._request.params
+        if token in self._request.stop_ids:
+            self.stop_reason = None if token in self._request.eos_ids else token
+            if not params.include_stop_str_in_output:
+                return False
+        text = self._detokenizer.push(token)
+        if len(self.token_ids) <= params.min_tokens:
+            self._text.append(text)
+            return False
+        shown, stop = self._stops.push(text)
+        self._text.append(shown)
+        if stop is None:
+            return False
+        self.stop_reason = stop
+        self.finish(FinishReason.STOP)
+        return True
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends the choice; held text comes out unless a stop string ended it."""
+        self.finish_reason = reason
+        if not isinstance(self.stop_reason, str):
+            self._text.append(self._stops.flush() + self._detokenizer.flush())
+
+    def delta(self, handle: int, *, usage: Usage | None = None, error: str | None = None) -> Delta:
+        """Everything since the last delta."""
+        text = "".join(self._text)
+        ids, logprobs = tuple(self.token_ids[self._num_shown :]), tuple(self._logprobs)
+        self._text.clear()
+        self._logprobs.clear()
+        self._num_shown = len(self.token_ids)
+        reason = self.finish_reason
+        stop_reason = self.stop_reason if reason is FinishReason.STOP else None
+        return Delta(handle, self.index, text, ids, logprobs, reason, stop_reason, error, usage)
+
+
+def readable(raw: RawLogprobs, tokenizer: Tokenizer) -> TokenLogprobs:
+    """Log-probabilities with the text of their tokens."""
+    pairs = zip(raw.top_ids, raw.top_logprobs, strict=True)
+    top = tuple(Logprob(id, tokenizer.token_text(id), value, rank) for rank, (id, value) in enumerate(pairs, 1))
+    return TokenLogprobs(Logprob(raw.token_id, tokenizer.token_text(raw.token_id), raw.logprob, raw.rank), top)

@@ -1,0 +1,180 @@
+"""`ValidatedRequest`: the one wall. Nothing else reaches the engine, and whoever holds one need not check again.
+
+Owns every check of a request against the limits of this model, pool and configuration. Knows neither HTTP nor text.
+Called by Engine and AsyncEngine, so HTTP and embedded use refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvlite.config import EngineConfig
+from kvlite.errors import InvalidRequestError
+from kvlite.types import GenerationDefaults, SamplingParams
+
+PRIORITY_LIMIT = 1_000_000
+TENANT_LIMIT = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What requests are checked against; fixed for the life of an engine."""
+
+    config: EngineConfig
+    vocab_size: int
+    max_model_len: int
+    pool_tokens: int
+    """Tokens that the whole KV pool holds."""
+    defaults: GenerationDefaults
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Everything of a request but its tokens and sampling."""
+
+    priority: int = 0
+    """Lower is served earlier."""
+    timeout_s: float | None = None
+    tenant: int = 0
+
+
+@dataclass(frozen=True)
+class ValidatedRequest:
+    """A request that can be served: made by `validate` only."""
+
+    prompt_ids: NDArray[np.int32]
+    params: SamplingParams
+    """Resolved: the model's defaults are filled in, max_tokens is a number that fits."""
+    options: RequestOptions
+    timeout_s: float
+    stop_ids: frozenset[int]
+    """Ids that end a choice: stop_token_ids, and the model's EOS ids unless ignore_eos."""
+    eos_ids: frozenset[int]
+    text: str | None = None
+    """The prompt's text, when it came as text."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Output tokens per choice at most."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
+
+def validate(
+    limits: RequestLimits,
+    prompt_ids: Sequence[int] | NDArray[np.int32],
+    params: SamplingParams,
+    options: RequestOptions = RequestOptions(),
+    text: str | None = None,
+) -> ValidatedRequest:
+    """Checks everything and fills in defaults. Raises InvalidRequestError with field, value and range."""
+    _check_params(limits, params)
+    timeout_s = _check_options(limits, options)
+    ids = _check_prompt(limits, prompt_ids)
+    max_tokens = _max_tokens(limits, len(ids), params)
+    if params.min_tokens > max_tokens:
+        raise InvalidRequestError("min_tokens", f"{params.min_tokens} is above max_tokens={max_tokens}")
+    total = params.n * (len(ids) + max_tokens)
+    if total > limits.config.max_request_tokens:
+        raise InvalidRequestError(
+            "max_tokens", f"n * (prompt + max_tokens) is {total} tokens, at most {limits.config.max_request_tokens}"
+        )
+    eos = frozenset[int]() if params.ignore_eos else frozenset(limits.defaults.eos_token_ids)
+    return ValidatedRequest(
+        prompt_ids=ids,
+        params=replace(params.resolved(limits.defaults), max_tokens=max_tokens),
+        options=options,
+        timeout_s=timeout_s,
+        stop_ids=eos | frozenset(params.stop_token_ids),
+        eos_ids=eos,
+        text=text,
+    )
+
+
+def _check_prompt(limits: RequestLimits, prompt_ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
+    if len(prompt_ids) == 0:
+        raise InvalidRequestError("prompt", "is empty: at least one token is needed")
+    if len(prompt_ids) >= limits.max_model_len:
+        raise InvalidRequestError(
+            "prompt",
+            f"has {len(prompt_ids)} tokens, at most {limits.max_model_len - 1} fit beside one token of output "
+            f"(max_model_len={limits.max_model_len})",
+        )
+    try:
+        ids = np.asarray(prompt_ids)
+    except (ValueError, OverflowError):
+        ids = np.zeros(0)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidRequestError("prompt", "must be a flat list of integer token ids")
+    bad = np.flatnonzero((ids < 0) | (ids >= limits.vocab_size))
+    if len(bad):
+        raise InvalidRequestError(
+            "prompt", f"token id {ids[bad[0]]} at index {bad[0]} is out of range: must be 0 to {limits.vocab_size - 1}"
+        )
+    if len(ids) >= limits.pool_tokens:
+        raise InvalidRequestError(
+            "prompt", f"has {len(ids)} tokens, the KV pool holds {limits.pool_tokens}: raise kv_cache_bytes"
+        )
+    return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def _max_tokens(limits: RequestLimits, prompt_len: int, params: SamplingParams) -> int:
+    room = min(limits.max_model_len, limits.pool_tokens) - prompt_len
+    wanted = params.max_tokens
+    if wanted is None:
+        return max(min(limits.defaults.max_tokens or room, room), min(params.min_tokens, room))
+    if prompt_len + wanted > limits.max_model_len:
+        raise InvalidRequestError(
+            "max_tokens",
+            f"{wanted} is out of range: must be 1 to {room} with a prompt of {prompt_len} tokens "
+            f"(max_model_len={limits.max_model_len})",
+        )
+    if wanted > room:
+        raise InvalidRequestError(
+            "max_tokens",
+            f"prompt and output need {prompt_len + wanted} tokens, the KV pool holds {limits.pool_tokens}: "
+            "raise kv_cache_bytes or lower max_tokens",
+        )
+    return wanted
+
+
+def _check_params(limits: RequestLimits, params: SamplingParams) -> None:
+    config = limits.config
+
+    def at_most(param: str, value: int | None, high: int) -> None:
+        if value is not None and value > high:
+            raise InvalidRequestError(param, f"{value} is above the limit of {high}")
+
+    at_most("n", params.n, min(config.max_n, config.max_num_seqs))
+    at_most("logprobs", params.logprobs, config.max_logprobs)
+    at_most("prompt_logprobs", params.prompt_logprobs, config.max_logprobs)
+    at_most("logit_bias", len(params.logit_bias), config.max_logit_bias)
+    at_most("stop", len(params.stop_strings), config.max_stop)
+    for stop in params.stop_strings:
+        size = len(stop.encode("utf-8", "surrogatepass"))
+        if size > config.max_stop_bytes:
+            raise InvalidRequestError("stop", f"a stop string has {size} bytes, at most {config.max_stop_bytes}")
+    for param, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for id in ids:
+            if id >= limits.vocab_size:
+                raise InvalidRequestError(param, f"token id {id} is out of range: must be 0 to {limits.vocab_size - 1}")
+
+
+def _check_options(limits: RequestLimits, options: RequestOptions) -> float:
+    if not -PRIORITY_LIMIT <= options.priority <= PRIORITY_LIMIT:
+        raise InvalidRequestError(
+            "priority", f"{options.priority} is out of range: must be {-PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
+        )
+    if not 0 <= options.tenant <= TENANT_LIMIT:
+        raise InvalidRequestError("tenant", f"{options.tenant} is out of range: must be 0 to {TENANT_LIMIT}")
+    timeout_s = options.timeout_s
+    if timeout_s is None:
+        return limits.config.request_timeout_s
+    if not math.isfinite(timeout_s) or not 0 < timeout_s <= 1e6:
+        raise InvalidRequestError("timeout_s", f"{timeout_s!r} is out of range: must be above 0 and at most 1e6")
+    return timeout_s
