@@ -1,1 +1,16 @@
-//! Placeholder until the crate lands.
+//! `kvlite._core`: the names that Python sees, and nothing else.
+//!
+//! `core` (the scheduler behind a lock) · `cpu` (the ops) · `buffers` (Python memory as checked slices; the one place with
+//! `unsafe`) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
+
+mod buffers;
+mod cpu;
+mod errors;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    errors::register(module)?;
+    cpu::register(module)
+}

@@ -1,0 +1,275 @@
+//! The CPU ops for Python: NumPy arrays in, `kvlite_cpu` views out, the GIL released while they compute.
+//!
+//! Owns how they compute (`EXEC`: instruction set and threads). Elements are float32, or uint16 with `dtype` naming the
+//! 16-bit format. A call costs a few microseconds beyond its work. Called by `kvlite.ops`.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use kvlite_cpu::{Attention, BlockTable, Exec, Isa, KeyMass, KvCache, KvCacheCells, Rows, RowsMut, bf16, f16};
+use pyo3::prelude::*;
+use pyo3::wrap_pyfunction;
+
+use crate::buffers::{Array, Exclusive, Stored};
+use crate::errors::{Fault, detached, from_cpu, invalid};
+
+static EXEC: RwLock<Option<Arc<Exec>>> = RwLock::new(None);
+
+fn exec() -> Arc<Exec> {
+    if let Some(exec) = &*EXEC.read().unwrap_or_else(PoisonError::into_inner) {
+        return exec.clone();
+    }
+    let mut slot = EXEC.write().unwrap_or_else(PoisonError::into_inner);
+    let threads = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    slot.get_or_insert_with(|| Arc::new(Exec::detect(threads()))).clone()
+}
+
+/// Runs a generic function with the element type that `dtype` names.
+macro_rules! with_dtype {
+    ($dtype:expr, $function:ident ( $($arg:expr),* $(,)? )) => {
+        match $dtype {
+            "float32" => $function::<f32>($($arg),*),
+            "bfloat16" => $function::<bf16>($($arg),*),
+            "float16" => $function::<f16>($($arg),*),
+            other => Err(invalid("dtype", format!("dtype is {other:?}, allowed are float32, bfloat16 and float16"))),
+        }
+    };
+}
+
+/// Runs an op without the GIL and turns what can go wrong into exceptions.
+fn compute(py: Python<'_>, op: impl FnOnce() -> Result<(), kvlite_cpu::Error> + Send) -> PyResult<()> {
+    detached(py, op).map_err(Fault::new_err)?.map_err(|error| from_cpu(&error))
+}
+
+fn cache_view<T: Stored + kvlite_cpu::Element>(array: &Array<T, 4>) -> Result<KvCache<'_, T>, kvlite_cpu::Error> {
+    let [block, slot, head, _] = array.strides;
+    KvCache::new(array.name, array.slice(), array.shape, [block, slot, head])
+}
+
+fn cell_view<'a, T: Stored + kvlite_cpu::Element>(
+    name: &'static str,
+    array: &'a Exclusive<T, 4>,
+) -> Result<KvCacheCells<'a, T>, kvlite_cpu::Error> {
+    let (shape, [block, slot, head, _]) = array.layout();
+    KvCacheCells::new(name, array.cells(), shape, [block, slot, head])
+}
+
+fn rows_view<T: Stored + kvlite_cpu::Element>(array: &Array<T, 3>) -> Result<Rows<'_, T>, kvlite_cpu::Error> {
+    Rows::new(array.name, array.slice(), array.shape, array.strides[0])
+}
+
+type Object<'a, 'py> = &'a Bound<'py, PyAny>;
+
+/// Writes out and lse for the rows of every sequence; see kernels/attention.
+#[pyfunction]
+#[pyo3(signature = (q, k_cache, v_cache, block_table, query_start, context_len, seq_row, last_key, scale, window, out, lse,
+                    dtype = "float32"))]
+#[expect(clippy::too_many_arguments, reason = "the kernel contract's own list")]
+fn cpu_attention(
+    q: Object<'_, '_>,
+    k_cache: Object<'_, '_>,
+    v_cache: Object<'_, '_>,
+    block_table: Object<'_, '_>,
+    query_start: Object<'_, '_>,
+    context_len: Object<'_, '_>,
+    seq_row: Object<'_, '_>,
+    last_key: Object<'_, '_>,
+    scale: f32,
+    window: i64,
+    out: Object<'_, '_>,
+    lse: Object<'_, '_>,
+    dtype: &str,
+) -> PyResult<()> {
+    let window = usize::try_from(window).map_err(|_| invalid("window", format!("window is {window}, 0 means none")))?;
+    let ints = AttentionInts {
+        block_table: Array::new("block_table", block_table)?.packed_from(1)?,
+        query_start: Array::new("query_start", query_start)?.packed_from(0)?,
+        context_len: Array::new("context_len", context_len)?.packed_from(0)?,
+        seq_row: Array::new("seq_row", seq_row)?.packed_from(0)?,
+        last_key: Array::new("last_key", last_key)?.packed_from(0)?,
+    };
+    with_dtype!(dtype, run_attention(q, k_cache, v_cache, &ints, scale, window, out, lse))
+}
+
+struct AttentionInts {
+    block_table: Array<i32, 2>,
+    query_start: Array<i32, 1>,
+    context_len: Array<i32, 1>,
+    seq_row: Array<i32, 1>,
+    last_key: Array<i32, 1>,
+}
+
+#[expect(clippy::too_many_arguments, reason = "the kernel contract's own list")]
+fn run_attention<T: Stored + kvlite_cpu::Element>(
+    q: Object<'_, '_>,
+    k_cache: Object<'_, '_>,
+    v_cache: Object<'_, '_>,
+    ints: &AttentionInts,
+    scale: f32,
+    window: usize,
+    out: Object<'_, '_>,
+    lse: Object<'_, '_>,
+) -> PyResult<()> {
+    let py = q.py();
+    let q = Array::<T, 3>::new("q", q)?.packed_from(1)?;
+    let k_cache = Array::<T, 4>::new("k_cache", k_cache)?.packed_from(3)?;
+    let v_cache = Array::<T, 4>::new("v_cache", v_cache)?.packed_from(3)?;
+    let out = Array::<T, 3>::new("out", out)?.packed_from(1)?;
+    let lse = Array::<f32, 2>::new("lse", lse)?.packed_from(1)?;
+    let AttentionInts { block_table, query_start, context_len, seq_row, last_key } = ints;
+    let mut others = vec![q.span(), k_cache.span(), v_cache.span(), block_table.span(), query_start.span()];
+    others.extend([context_len.span(), seq_row.span(), last_key.span(), lse.span()]);
+    let mut out = out.exclusive(&others)?;
+    others.pop();
+    let mut lse = lse.exclusive(&others)?;
+    let exec = exec();
+    compute(py, || {
+        let args = Attention {
+            q: rows_view(&q)?,
+            k_cache: cache_view(&k_cache)?,
+            v_cache: cache_view(&v_cache)?,
+            block_table: BlockTable::new(block_table.slice(), block_table.shape, block_table.strides[0])?,
+            query_start: query_start.slice(),
+            context_len: context_len.slice(),
+            seq_row: seq_row.slice(),
+            last_key: last_key.slice(),
+            scale,
+            window,
+        };
+        let (shape, [row, ..]) = out.layout();
+        let mut out = RowsMut::new("out", out.slice(), shape, row)?;
+        let ([rows, heads], [row, _]) = lse.layout();
+        let mut lse = RowsMut::new("lse", lse.slice(), [rows, heads, 1], row)?;
+        kvlite_cpu::attention(&exec, &args, &mut out, &mut lse)
+    })
+}
+
+/// Stores new keys and values in their slots; see kernels/store_kv.
+#[pyfunction]
+#[pyo3(signature = (k, v, k_cache, v_cache, slot_mapping, dtype = "float32"))]
+fn cpu_store_kv(
+    k: Object<'_, '_>,
+    v: Object<'_, '_>,
+    k_cache: Object<'_, '_>,
+    v_cache: Object<'_, '_>,
+    slot_mapping: Object<'_, '_>,
+    dtype: &str,
+) -> PyResult<()> {
+    let slot_mapping = Array::new("slot_mapping", slot_mapping)?.packed_from(0)?;
+    with_dtype!(dtype, run_store_kv(k, v, k_cache, v_cache, &slot_mapping))
+}
+
+fn run_store_kv<T: Stored + kvlite_cpu::Element>(
+    k: Object<'_, '_>,
+    v: Object<'_, '_>,
+    k_cache: Object<'_, '_>,
+    v_cache: Object<'_, '_>,
+    slot_mapping: &Array<i32, 1>,
+) -> PyResult<()> {
+    let py = k.py();
+    let k = Array::<T, 3>::new("k", k)?.packed_from(1)?;
+    let v = Array::<T, 3>::new("v", v)?.packed_from(1)?;
+    let inputs = [k.span(), v.span(), slot_mapping.span()];
+    let k_cache = Array::<T, 4>::new("k_cache", k_cache)?.packed_from(3)?.exclusive(&inputs)?;
+    let v_cache = Array::<T, 4>::new("v_cache", v_cache)?.packed_from(3)?.exclusive(&inputs)?;
+    compute(py, || {
+        let (k_cells, v_cells) = (cell_view("k_cache", &k_cache)?, cell_view("v_cache", &v_cache)?);
+        kvlite_cpu::store_kv(&rows_view(&k)?, &rows_view(&v)?, &k_cells, &v_cells, slot_mapping.slice())
+    })
+}
+
+/// Writes the attention that keys start..end receive from the chosen rows; see kernels/key_mass.
+#[pyfunction]
+#[pyo3(signature = (q, lse, k_cache, block_table_row, rows, last_key, start, end, scale, out, dtype = "float32"))]
+#[expect(clippy::too_many_arguments, reason = "the kernel contract's own list")]
+fn cpu_key_mass(
+    q: Object<'_, '_>,
+    lse: Object<'_, '_>,
+    k_cache: Object<'_, '_>,
+    block_table_row: Object<'_, '_>,
+    rows: Object<'_, '_>,
+    last_key: Object<'_, '_>,
+    start: usize,
+    end: usize,
+    scale: f32,
+    out: Object<'_, '_>,
+    dtype: &str,
+) -> PyResult<()> {
+    let ints = KeyMassInts {
+        block_table: Array::new("block_table_row", block_table_row)?.packed_from(0)?,
+        rows: Array::new("rows", rows)?.packed_from(0)?,
+        last_key: Array::new("last_key", last_key)?.packed_from(0)?,
+    };
+    with_dtype!(dtype, run_key_mass(q, lse, k_cache, &ints, start..end, scale, out))
+}
+
+struct KeyMassInts {
+    block_table: Array<i32, 1>,
+    rows: Array<i32, 1>,
+    last_key: Array<i32, 1>,
+}
+
+fn run_key_mass<T: Stored + kvlite_cpu::Element>(
+    q: Object<'_, '_>,
+    lse: Object<'_, '_>,
+    k_cache: Object<'_, '_>,
+    ints: &KeyMassInts,
+    keys: std::ops::Range<usize>,
+    scale: f32,
+    out: Object<'_, '_>,
+) -> PyResult<()> {
+    let py = q.py();
+    let q = Array::<T, 3>::new("q", q)?.packed_from(1)?;
+    let lse = Array::<f32, 2>::new("lse", lse)?.packed_from(1)?;
+    let k_cache = Array::<T, 4>::new("k_cache", k_cache)?.packed_from(3)?;
+    let out = Array::<f32, 1>::new("out", out)?.packed_from(0)?;
+    let KeyMassInts { block_table, rows, last_key } = ints;
+    let read = [q.span(), lse.span(), k_cache.span(), block_table.span(), rows.span(), last_key.span()];
+    let mut out = out.exclusive(&read)?;
+    let exec = exec();
+    compute(py, || {
+        let [num_rows, heads] = lse.shape;
+        let args = KeyMass {
+            q: rows_view(&q)?,
+            lse: Rows::new("lse", lse.slice(), [num_rows, heads, 1], lse.strides[0])?,
+            k_cache: cache_view(&k_cache)?,
+            block_table: BlockTable::new(block_table.slice(), [1, block_table.shape[0]], 0)?,
+            rows: rows.slice(),
+            last_key: last_key.slice(),
+            scale,
+            keys,
+        };
+        kvlite_cpu::key_mass(&exec, &args, out.slice())
+    })
+}
+
+/// Threads that share one call, the caller's included.
+#[pyfunction]
+fn cpu_num_threads() -> usize {
+    exec().threads.count()
+}
+
+/// Sets the threads that share one call; results stay the same bit for bit.
+#[pyfunction]
+fn cpu_set_num_threads(num_threads: usize) -> PyResult<()> {
+    if !(1..=1024).contains(&num_threads) {
+        return Err(invalid("num_threads", format!("num_threads is {num_threads}, allowed are 1 to 1024")));
+    }
+    *EXEC.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(Exec::detect(num_threads)));
+    Ok(())
+}
+
+/// The instruction set in use: portable, avx2 or avx512.
+#[pyfunction]
+fn cpu_isa() -> &'static str {
+    Isa::detect().name()
+}
+
+/// Adds the ops.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(cpu_attention, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_store_kv, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_key_mass, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_set_num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_isa, module)?)
+}

@@ -1,0 +1,73 @@
+//! Which Python exception each Rust error becomes, and what becomes of a panic.
+//!
+//! The exceptions are plain and live here, because Rust cannot import `kvlite.errors` without a cycle; the engine
+//! translates them. A panic is our fault and becomes `Fault`, an ordinary exception, so that an engine thread that
+//! catches `Exception` sees it; pyo3's own `PanicException` would pass it by.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pyo3::exceptions::{PyException, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::{create_exception, intern};
+
+create_exception!(
+    kvlite._core,
+    InvalidArgument,
+    PyValueError,
+    "The caller's argument cannot be served as given; `param` names it. Nothing has changed."
+);
+create_exception!(
+    kvlite._core,
+    CapacityError,
+    PyException,
+    "A limit is reached now and may not be later. Nothing has changed."
+);
+create_exception!(
+    kvlite._core,
+    Fault,
+    PyRuntimeError,
+    "An invariant of ours is broken; the message is the panic's. A core that raised it refuses every later call."
+);
+
+/// `InvalidArgument` with its `param`.
+pub fn invalid(param: &str, message: String) -> PyErr {
+    let error = InvalidArgument::new_err(message);
+    Python::attach(|py| match error.value(py).setattr(intern!(py, "param"), param) {
+        Ok(()) => error,
+        Err(failure) => failure,
+    })
+}
+
+/// An op's error; the first word of its sentence names the argument.
+pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
+    use kvlite_cpu::Error;
+    let param = match error {
+        Error::Shape { name, .. } | Error::Extent { name, .. } => name.rsplit(' ').next().unwrap_or(name),
+        Error::HeadGroups { .. } => "q",
+        Error::QueryStart { .. } => "query_start",
+        Error::SeqRow { .. } => "seq_row",
+        Error::ContextLen { .. } => "context_len",
+        Error::Block { .. } => "block_table",
+        Error::Slot { .. } => "slot_mapping",
+        Error::QueryRow { .. } => "rows",
+        Error::KeyRange { .. } => "end",
+    };
+    invalid(param, error.to_string())
+}
+
+/// Runs `work` without the GIL; a panic comes back as its message.
+pub fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> Result<T, String> {
+    // Unwind safety: the callers drop or refuse whatever a panic left half done.
+    py.detach(|| catch_unwind(AssertUnwindSafe(work))).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        text.unwrap_or("a panic without a message").to_owned()
+    })
+}
+
+/// Adds the exception types.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    module.add("InvalidArgument", py.get_type::<InvalidArgument>())?;
+    module.add("CapacityError", py.get_type::<CapacityError>())?;
+    module.add("Fault", py.get_type::<Fault>())
+}
