@@ -25,4 +25,115 @@ pub enum CoreError {
         /// What was given.
         value: f64,
     },
+    /// Nothing to compute.
+    #[error("the prompt is empty, at least one token is needed")]
+    EmptyPrompt,
+    /// A token id that the model does not have.
+    #[error("prompt token {index} is {token}, allowed are 0 to {vocab_size} (exclusive)")]
+    OutsideVocabulary {
+        /// Position in the prompt.
+        index: usize,
+        /// What was given.
+        token: i32,
+        /// Ids are below this.
+        vocab_size: u32,
+    },
+    /// No room for even one output token.
+    #[error("the prompt has {prompt_len} tokens, at most {} fit below max_model_len {max_model_len}", max_model_len - 1)]
+    PromptTooLong {
+        /// Prompt tokens.
+        prompt_len: usize,
+        /// The limit of prompt plus output.
+        max_model_len: u32,
+    },
+    /// Prompt plus output passes the model's length.
+    #[error("prompt ({prompt_len}) plus max_tokens ({max_tokens}) passes max_model_len {max_model_len}")]
+    TooLong {
+        /// Prompt tokens.
+        prompt_len: usize,
+        /// Output tokens asked for.
+        max_tokens: u32,
+        /// The limit of their sum.
+        max_model_len: u32,
+    },
+    /// The request could not run even alone.
+    #[error("request needs {needed} blocks, the pool has {total}: raise kv_cache_bytes or lower max_tokens")]
+    NeverFits {
+        /// Blocks of one choice at its declared end.
+        needed: u32,
+        /// Blocks of the pool.
+        total: u32,
+    },
+    /// A number of choices that cannot run.
+    #[error("n is {n}, allowed are 1 to {max} (max_num_seqs)")]
+    Choices {
+        /// What was given.
+        n: u32,
+        /// Sequences that run at once.
+        max: u32,
+    },
+    /// No output wanted.
+    #[error("max_tokens is 0, at least 1 is needed")]
+    NoOutput,
+    /// More output demanded than allowed.
+    #[error("min_tokens is {min_tokens}, at most max_tokens ({max_tokens}) is allowed")]
+    MinTokens {
+        /// What was given.
+        min_tokens: u32,
+        /// The upper end.
+        max_tokens: u32,
+    },
+    /// Too many stop ids.
+    #[error("{count} stop token ids were given, at most {max} are allowed")]
+    StopIds {
+        /// What was given.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A tenant id out of range.
+    #[error("tenant is {tenant}, allowed are ids below 2^31")]
+    Tenant {
+        /// What was given.
+        tenant: u32,
+    },
+    /// Capacity, not blame: the same request may be accepted later.
+    #[error("{waiting} requests are waiting, at most {max} may: retry later")]
+    QueueFull {
+        /// Requests waiting now.
+        waiting: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// An arena of the wrong size.
+    #[error("arena {arena_idx} has {len} integers, the plan layout has {expected}")]
+    ArenaLength {
+        /// Which arena.
+        arena_idx: usize,
+        /// What was given.
+        len: usize,
+        /// `Layout::len`.
+        expected: usize,
+    },
+    /// There are two arenas.
+    #[error("arena_idx is {arena_idx}, allowed are 0 and 1")]
+    ArenaIndex {
+        /// What was given.
+        arena_idx: usize,
+    },
+    /// The plan in the arena that was about to be overwritten still runs.
+    #[error("plan {plan_id} in arena {arena_idx} is not complete: write done_plan_id before the next step on it")]
+    PlanOutstanding {
+        /// The plan.
+        plan_id: i32,
+        /// Its arena.
+        arena_idx: usize,
+    },
+}
+
+impl CoreError {
+    /// Whether the refusal is about capacity now (retry later), not about the request.
+    pub fn is_capacity(&self) -> bool {
+        matches!(self, CoreError::QueueFull { .. })
+    }
 }

@@ -1,13 +1,21 @@
 //! The part of kvlite that decides: scheduler, radix-tree block allocator, batch plans.
 //!
-//! Pure: no Python, no tensors, no clock, no sockets, no threads. `Core` is the one door.
+//! Pure: no Python, no tensors, no clock, no sockets, no threads. `Core` is the one door; `plan` is the contract with
+//! whoever computes.
 #![forbid(unsafe_code)]
 
 pub mod cache;
 mod config;
+mod core;
 mod error;
 mod ids;
+pub mod plan;
+pub mod sched;
+mod sequence;
 
+pub use crate::core::{Core, CoreStats, MAX_STOP_TOKEN_IDS, Request};
 pub use config::{CoreConfig, PolicyKind};
 pub use error::CoreError;
 pub use ids::{BlockId, Handle, Namespace, SeqRow, TenantId, Token};
+pub use plan::Layout;
+pub use sequence::FinishReason;

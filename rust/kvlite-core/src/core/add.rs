@@ -1,0 +1,159 @@
+//! The way in: `Core::add` checks a request completely, then records it; on an error nothing has changed.
+//!
+//! Last of the two walls (the first is Python's ValidatedRequest): ids, lengths, counts and the pool are checked again.
+
+use super::{Core, RequestState};
+use crate::error::CoreError;
+use crate::ids::{Namespace, TenantId, Token};
+use crate::sequence::Sequence;
+
+/// Stop token ids that one request may name.
+pub const MAX_STOP_TOKEN_IDS: usize = 64;
+
+/// What `Core::add` takes. Lengths in tokens.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// Token ids, each in the vocabulary.
+    pub prompt: &'a [Token],
+    /// Choices; the prompt is computed once for all.
+    pub n: u32,
+    /// Output tokens per choice, at least 1.
+    pub max_tokens: u32,
+    /// Stop ids count only once this many output tokens exist.
+    pub min_tokens: u32,
+    /// Ids that end a choice; the id itself is part of the output.
+    pub stop_token_ids: &'a [Token],
+    /// Lower is sooner; see the policy.
+    pub priority: i32,
+    /// On the clock of `step`'s `now_ms`: the request ends with a timeout at the first step at or after it.
+    pub deadline_ms: Option<i64>,
+    /// Who asks; prefixes are shared within a tenant only.
+    pub tenant: u32,
+    /// False: takes no prefix hit. What it computes is published all the same.
+    pub use_cache: bool,
+    /// Every prompt position is computed and asked for its log-probability; implies no hit.
+    pub prompt_logprobs: bool,
+}
+
+impl Core {
+    /// Queues a request and returns its handle, which names it until the last choice has finished.
+    ///
+    /// Errors: see `CoreError`; `QueueFull` alone is about capacity. A request must fit alone, one choice at a time: the
+    /// choices of `n > 1` share the prompt's blocks, and a choice that finds no block waits and comes back alone, so
+    /// blocks(prompt + max_tokens - 1) is what has to be in the pool. O(prompt).
+    pub fn add(&mut self, request: &Request<'_>, now_ms: i64) -> Result<i32, CoreError> {
+        self.check(request)?;
+        let handle = self.take_handle();
+        let arrival = self.next_arrival;
+        self.next_arrival += 1;
+        let rank = (self.policy.rank(arrival, request.priority), arrival);
+        let index = self.free_requests.pop().unwrap_or_else(|| {
+            self.requests.push(None);
+            self.requests.len() as u32 - 1
+        });
+        let end_len = request.prompt.len() as u32 + request.max_tokens;
+        let namespace = Namespace::exact(TenantId(request.tenant));
+        let slot = self.place(Sequence::new(index, 0, namespace, rank, request.prompt, end_len));
+        let mut choices = Vec::with_capacity(request.n as usize);
+        choices.push(slot);
+        self.requests[index as usize] = Some(RequestState {
+            handle,
+            num_choices: request.n,
+            choices,
+            num_unfinished: request.n,
+            num_present: 1,
+            announced: false,
+            stop_token_ids: request.stop_token_ids.into(),
+            min_tokens: request.min_tokens,
+            deadline_ms: request.deadline_ms,
+            use_cache: request.use_cache && !request.prompt_logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+        });
+        if let Some(deadline) = request.deadline_ms {
+            self.deadlines.insert((deadline.max(now_ms), index));
+            self.request_mut(index).deadline_ms = Some(deadline.max(now_ms));
+        }
+        self.by_handle.insert(handle, index);
+        self.waiting.insert((rank, 0, slot));
+        self.stats.requests_total += 1;
+        Ok(handle)
+    }
+
+    fn check(&self, request: &Request<'_>) -> Result<(), CoreError> {
+        let config = &self.config;
+        let prompt_len = request.prompt.len();
+        if prompt_len == 0 {
+            return Err(CoreError::EmptyPrompt);
+        }
+        let max_model_len = config.max_model_len;
+        if prompt_len >= max_model_len as usize {
+            return Err(CoreError::PromptTooLong { prompt_len, max_model_len });
+        }
+        if request.max_tokens == 0 {
+            return Err(CoreError::NoOutput);
+        }
+        let max_tokens = request.max_tokens;
+        if prompt_len as u64 + u64::from(max_tokens) > u64::from(max_model_len) {
+            return Err(CoreError::TooLong { prompt_len, max_tokens, max_model_len });
+        }
+        if request.min_tokens > max_tokens {
+            return Err(CoreError::MinTokens { min_tokens: request.min_tokens, max_tokens });
+        }
+        if request.n == 0 || request.n > config.max_num_seqs {
+            return Err(CoreError::Choices { n: request.n, max: config.max_num_seqs });
+        }
+        let count = request.stop_token_ids.len();
+        if count > MAX_STOP_TOKEN_IDS {
+            return Err(CoreError::StopIds { count, max: MAX_STOP_TOKEN_IDS });
+        }
+        if request.tenant >= 1 << 31 {
+            return Err(CoreError::Tenant { tenant: request.tenant });
+        }
+        let vocab_size = config.vocab_size;
+        let outside = |&token: &Token| u32::try_from(token).map_or(true, |id| id >= vocab_size);
+        if let Some(index) = request.prompt.iter().position(outside) {
+            return Err(CoreError::OutsideVocabulary { index, token: request.prompt[index], vocab_size });
+        }
+        let needed = (prompt_len as u32 + max_tokens - 1).div_ceil(config.block_size);
+        if needed > config.num_blocks {
+            return Err(CoreError::NeverFits { needed, total: config.num_blocks });
+        }
+        self.check_queue()
+    }
+
+    /// Ends that nobody has read yet count too: a caller that adds and aborts without a step stays bounded.
+    fn check_queue(&self) -> Result<(), CoreError> {
+        let max = self.config.max_num_waiting as usize;
+        let waiting = self.waiting.len();
+        let unread = self.out_finished.len();
+        if waiting >= max || waiting + unread >= max + self.config.max_num_seqs as usize {
+            return Err(CoreError::QueueFull { waiting: waiting + unread, max });
+        }
+        Ok(())
+    }
+
+    /// Handles grow; after 2^31 of them they start again at 0 and step over those that still live.
+    fn take_handle(&mut self) -> i32 {
+        loop {
+            let handle = self.next_handle;
+            self.next_handle = handle.checked_add(1).unwrap_or(0);
+            if !self.by_handle.contains_key(&handle) {
+                return handle;
+            }
+        }
+    }
+
+    /// Stores a sequence in a vacant slot.
+    pub(super) fn place(&mut self, seq: Sequence) -> u32 {
+        match self.free_slots.pop() {
+            Some(slot) => {
+                self.seqs[slot as usize] = seq;
+                slot
+            }
+            None => {
+                self.seqs.push(seq);
+                self.seqs.len() as u32 - 1
+            }
+        }
+    }
+}

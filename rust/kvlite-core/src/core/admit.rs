@@ -1,0 +1,213 @@
+//! Admission: from the head of the queue, never past it; a failed attempt undoes itself.
+//!
+//! A request comes in with blocks for all its known tokens at once, so a prefill never stalls half way for memory.
+//! Called by `Core::schedule` with what is left of the budget.
+
+use super::{Core, Hold, PlanRecord};
+use crate::cache::PartialHit;
+use crate::plan::{Cause, PlanWriter, Region};
+use crate::sched::{Budget, Demand, HOLD_LIMIT_STEPS, everyone_can_finish};
+use crate::sequence::{Sequence, Status};
+
+impl Core {
+    pub(super) fn admit(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, budget: &mut Budget) {
+        while budget.tokens() > 0 {
+            let Some(&(_, _, slot)) = self.waiting.first() else { break };
+            if !self.try_admit(slot, plan, record, budget) {
+                break;
+            }
+        }
+    }
+
+    fn try_admit(
+        &mut self,
+        slot: u32,
+        plan: &mut PlanWriter<'_>,
+        record: &mut PlanRecord,
+        budget: &mut Budget,
+    ) -> bool {
+        let state = self.request(self.seq(slot).request);
+        let num_rows = if state.announced { 1 } else { state.num_choices as usize };
+        let is_alone = self.running.is_empty();
+        let was_refused = self.refused == Some((slot, self.room_epoch)) && !is_alone;
+        if was_refused || self.free_rows.len() < num_rows || plan.room(Region::Admitted) < num_rows {
+            return false;
+        }
+        let mut partial = self.find_prefix(slot);
+        if self.waits_for_neighbour(slot) {
+            self.seq_mut(slot).held_steps += 1;
+            return false;
+        }
+        let known = self.seq(slot).tokens.len() as u32;
+        let num_hits = self.scratch_hits.len() as u32;
+        let cached = num_hits * self.config.block_size + partial.map_or(0, |hit| hit.len);
+        if budget.chunk_len(cached, known - cached, budget.is_untouched()) == 0 {
+            return false;
+        }
+        let cursor = self.scratch_hits.last().copied();
+        for block in cursor.into_iter().chain(partial.map(|hit| hit.block)) {
+            self.cache.pin(block);
+        }
+        let wanted = (known.div_ceil(self.config.block_size) - num_hits) as usize;
+        let mut fresh = std::mem::take(&mut self.scratch_blocks);
+        let mut fits = (is_alone || self.has_room(slot, num_rows)) && self.cache.alloc(wanted, cursor, &mut fresh);
+        if !fits
+            && is_alone
+            && let Some(hit) = partial.take()
+        {
+            self.cache.unpin(hit.block); // Alone in a full pool, the source of the copy may be the block that is missing.
+            fits = self.cache.alloc(wanted, cursor, &mut fresh);
+        }
+        if fits {
+            self.take_in(slot, &mut fresh, partial, plan, record);
+            self.schedule_chunk(slot, plan, record, budget, partial.is_some());
+        } else {
+            for block in partial.map(|hit| hit.block).into_iter().chain(cursor) {
+                self.cache.unpin(block);
+            }
+            self.refused = Some((slot, self.room_epoch));
+        }
+        self.scratch_blocks = fresh;
+        fits
+    }
+
+    /// Full hits go to `scratch_hits`; at least one token is left to compute.
+    fn find_prefix(&mut self, slot: u32) -> Option<PartialHit> {
+        self.scratch_hits.clear();
+        let seq = &self.seqs[slot as usize];
+        let state = self.requests[seq.request as usize].as_ref().expect("a waiting sequence has its request");
+        if !state.use_cache {
+            return None;
+        }
+        let tokens = &seq.tokens[..seq.tokens.len() - 1];
+        let max_blocks = tokens.len() / self.config.block_size as usize;
+        self.cache.match_prefix(seq.namespace, tokens, max_blocks, &mut self.scratch_hits)
+    }
+
+    /// Whether a running neighbour computes blocks that this sequence also begins with: then a step of patience saves
+    /// computing them twice. Bounded by `HOLD_LIMIT_STEPS`.
+    fn waits_for_neighbour(&self, slot: u32) -> bool {
+        let seq = self.seq(slot);
+        if !self.config.enable_prefix_caching
+            || seq.held_steps >= HOLD_LIMIT_STEPS
+            || !self.request(seq.request).use_cache
+        {
+            return false;
+        }
+        let own = &seq.tokens[..seq.tokens.len() - 1];
+        let block_size = self.config.block_size as usize;
+        self.running.iter().map(|&slot| self.seq(slot)).any(|other| {
+            let is_computing = other.status() == Status::Running && other.in_prefill();
+            is_computing && other.namespace == seq.namespace && {
+                let theirs = &other.tokens[..other.prefill_until as usize];
+                let common = own.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+                common / block_size > self.scratch_hits.len()
+            }
+        })
+    }
+
+    /// Memory-centric admission: what everybody needs soon (known tokens and the reserve; shared prefixes once, because
+    /// hits are pinned, not promised) stays below the watermark, and the banker finds an order for all declared ends.
+    fn has_room(&mut self, slot: u32, num_rows: usize) -> bool {
+        let block_size = self.config.block_size;
+        let blocks = |tokens: u32| u64::from(tokens.div_ceil(block_size));
+        let soon =
+            |seq: &Sequence, reserve: u32| blocks((seq.total_len().saturating_add(reserve)).min(seq.end_len - 1));
+        let mut demands = std::mem::take(&mut self.scratch_demands);
+        demands.clear();
+        let mut promised = 0;
+        for seq in self.running.iter().map(|&slot| self.seq(slot)) {
+            let (has, is_own) = match seq.status() {
+                Status::Running => (seq.blocks.len() as u64, true),
+                Status::Forked => (u64::from(seq.prompt_len / block_size), false),
+                _ => continue,
+            };
+            promised += soon(seq, self.config.reserve_tokens).saturating_sub(has);
+            let held = if is_own { has - u64::from(seq.hit_len) } else { 0 };
+            demands.push(Demand { remaining: blocks(seq.end_len - 1).saturating_sub(has), held });
+        }
+        let seq = self.seq(slot);
+        let hits = self.scratch_hits.len() as u64;
+        let now = blocks(seq.tokens.len() as u32) - hits;
+        // Each preemption doubles the room that is kept for its victim: it comes back later, to stay.
+        let reserve = self.config.reserve_tokens.max(1).saturating_mul(1 << seq.preemptions.min(24));
+        let (end, shared) = (blocks(seq.end_len - 1), u64::from(seq.prompt_len / block_size));
+        promised += soon(seq, reserve) - hits + (num_rows as u64 - 1) * (soon(seq, reserve) - shared);
+        demands.push(Demand { remaining: end - hits - now, held: now });
+        demands.extend((1..num_rows).map(|_| Demand { remaining: end - shared, held: 0 }));
+
+        let available = self.cache.available() as u64;
+        let total = f64::from(self.config.num_blocks);
+        let kept_free = (total * (1.0 - self.config.watermark_ratio)).floor() as u64;
+        let fits = promised + kept_free <= available && everyone_can_finish(available - now, &mut demands);
+        self.scratch_demands = demands;
+        fits
+    }
+
+    /// Moves a waiting sequence to a row, with its hits and fresh blocks; on first admission its further choices too.
+    fn take_in(
+        &mut self,
+        slot: u32,
+        fresh: &mut Vec<crate::ids::BlockId>,
+        partial: Option<PartialHit>,
+        plan: &mut PlanWriter<'_>,
+        record: &mut PlanRecord,
+    ) {
+        let block_size = self.config.block_size;
+        let row = self.free_rows.pop().expect("rows were counted before");
+        let seq = &mut self.seqs[slot as usize];
+        self.waiting.remove(&(seq.rank, seq.choice, slot));
+        seq.become_(Status::Running);
+        seq.row = row;
+        seq.blocks.reserve_exact(seq.end_len.div_ceil(block_size) as usize);
+        seq.blocks.append(&mut self.scratch_hits);
+        seq.hit_len = seq.blocks.len() as u32;
+        seq.tree_len = seq.hit_len;
+        seq.committed_len = seq.hit_len * block_size;
+        seq.scheduled_len = seq.committed_len;
+        seq.prefill_until = seq.tokens.len() as u32;
+        if let Some(hit) = partial {
+            plan.block_copy(hit.block.index, fresh[0].index);
+            record.holds.push(Hold::InTree(hit.block));
+            seq.scheduled_len += hit.len;
+        }
+        seq.blocks.append(fresh);
+        let cached_len = seq.scheduled_len.min(seq.prompt_len);
+        let (request, choice, prompt_len) = (seq.request, seq.choice, seq.prompt_len);
+        let state = self.request_mut(request);
+        let (handle, is_first) = (state.handle, !state.announced);
+        state.announced = true;
+        let cause = if is_first { Cause::New } else { Cause::Resumed };
+        plan.admitted(handle, choice, row, cause, cached_len);
+        self.enter_running(slot);
+        if is_first {
+            self.stats.prompt_tokens_total += u64::from(prompt_len);
+            self.stats.prefix_hit_tokens_total += u64::from(cached_len);
+            for choice in 1..self.request(request).num_choices {
+                let row = self.reserve_fork(slot, choice);
+                plan.admitted(handle, choice, row, Cause::Forked, cached_len);
+            }
+        }
+    }
+
+    /// Gives a further choice its sequence and its row.
+    fn reserve_fork(&mut self, parent: u32, choice: u32) -> u32 {
+        let row = self.free_rows.pop().expect("rows were counted before");
+        let mut fork = Sequence::forked_from(self.seq(parent), choice);
+        fork.row = row;
+        fork.blocks.reserve_exact(fork.end_len.div_ceil(self.config.block_size) as usize);
+        let request = fork.request;
+        let slot = self.place(fork);
+        let state = self.request_mut(request);
+        state.choices.push(slot);
+        state.num_present += 1;
+        self.enter_running(slot);
+        row
+    }
+
+    fn enter_running(&mut self, slot: u32) {
+        let order = self.seq(slot).order();
+        let at = self.running.partition_point(|&other| self.seq(other).order() < order);
+        self.running.insert(at, slot);
+    }
+}

@@ -1,0 +1,202 @@
+//! The plan's body: running decodes oldest first, then the partly done prefill, then admissions (`admit.rs`).
+//!
+//! The only writer of `scheduled_len`, and the only place that preempts. A sequence is named at most once per plan.
+//! Called by `Core::step`, after commits and releases.
+
+use super::{Core, Hold, PlanEntry, PlanRecord};
+use crate::plan::{PROMPT_LOGPROB, PlanWriter, Region, SAMPLE};
+use crate::sched::{Budget, Candidate, victim};
+use crate::sequence::Status;
+
+impl Core {
+    pub(super) fn schedule(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
+        let preemptions = self.stats.preemptions_total;
+        let mut prefill = std::mem::take(&mut self.scratch_prefill);
+        for at in 0..self.running.len() {
+            let slot = self.running[at];
+            let seq = self.seq(slot);
+            if seq.status() != Status::Running {
+                continue;
+            }
+            match seq.schedulable() {
+                0 => {}
+                1 => self.schedule_decode(slot, plan, record),
+                _ => prefill.push(slot),
+            }
+        }
+        let tokens = self.config.max_num_batched_tokens - plan.num_tokens() as u32;
+        let mut budget = Budget::new(tokens, self.config.attention_cost_tokens);
+        for slot in prefill.drain(..) {
+            if self.seq(slot).status() == Status::Running {
+                self.schedule_chunk(slot, plan, record, &mut budget, false);
+            }
+        }
+        self.scratch_prefill = prefill;
+        if self.stats.preemptions_total == preemptions {
+            self.admit(plan, record, &mut budget);
+        } else {
+            self.forget_departed(); // And nobody is admitted into the room of the victims in the same step.
+        }
+    }
+
+    /// One token of a sequence whose other tokens are all planned: a decode, or the end of a prefill.
+    fn schedule_decode(&mut self, slot: u32, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
+        let seq = self.seq(slot);
+        let (needs_block, source) =
+            (seq.scheduled_len as usize == seq.blocks.len() * self.config.block_size as usize, seq.tail_source);
+        let mut copied = false;
+        if let Some(source) = source {
+            if self.extra_owners[source.index as usize] > 0 {
+                if !self.alloc_or_preempt(slot, record.number) {
+                    return;
+                }
+                let target = *self.seq(slot).blocks.last().expect("just allocated");
+                plan.block_copy(source.index, target.index);
+                record.holds.push(Hold::Private(source));
+                copied = true;
+            } else {
+                self.seq_mut(slot).blocks.push(source); // Its last owner needs no copy.
+            }
+            self.seq_mut(slot).tail_source = None;
+        } else if needs_block && !self.alloc_or_preempt(slot, record.number) {
+            return;
+        }
+        self.emit(slot, 1, plan, record, copied);
+    }
+
+    /// As much of a prefill as the budget pays for; its blocks were allocated at admission. `copied`: this plan copies
+    /// into one of its blocks.
+    pub(super) fn schedule_chunk(
+        &mut self,
+        slot: u32,
+        plan: &mut PlanWriter<'_>,
+        record: &mut PlanRecord,
+        budget: &mut Budget,
+        copied: bool,
+    ) {
+        let seq = self.seq(slot);
+        let start = seq.scheduled_len;
+        let len = budget.chunk_len(start, seq.schedulable(), budget.is_untouched());
+        if len > 0 && self.emit(slot, len, plan, record, copied) {
+            budget.spend(start, len);
+            self.stats.prefill_tokens_total += u64::from(len);
+        }
+    }
+
+    /// Writes `len` rows of a sequence and what they need: block table entries first. When those do not fit into the
+    /// plan, sends what does and returns false: the rows follow in a later plan.
+    fn emit(&mut self, slot: u32, len: u32, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, copied: bool) -> bool {
+        let block_size = self.config.block_size;
+        let seq = &mut self.seqs[slot as usize];
+        let (start, end) = (seq.scheduled_len, seq.scheduled_len + len);
+        let backlog = end.div_ceil(block_size).saturating_sub(seq.table_len);
+        // A long backlog leaves one entry per running sequence, so that decodes behind it go on.
+        let kept = if backlog > 2 { self.config.max_num_seqs as usize } else { 0 };
+        let sent = backlog.min(plan.room(Region::BlockUpdate).saturating_sub(kept) as u32);
+        for index in seq.table_len..seq.table_len + sent {
+            plan.block_update(seq.row, index, seq.blocks[index as usize].index);
+        }
+        seq.table_len += sent;
+        let is_whole = sent == backlog;
+        if !is_whole && sent == 0 && !copied {
+            return false;
+        }
+        seq.outstanding += 1;
+        seq.last_plan = record.number;
+        let mut entry = PlanEntry { slot, len_after: start, first_sample: 0, num_samples: 0, draws: false };
+        if !is_whole {
+            record.entries.push(entry);
+            return false;
+        }
+        let first_row = plan.num_tokens();
+        for position in start..end {
+            let id = seq.tokens.get(position as usize).copied().unwrap_or(-1);
+            let block = seq.blocks[(position / block_size) as usize].index;
+            plan.token(id, position, block * block_size + position % block_size);
+        }
+        plan.sequence(seq.row, end);
+        entry.len_after = end;
+        entry.draws = end == seq.total_len();
+        let row_of = |position: u32| first_row + (position - start) as usize;
+        entry.first_sample = plan.next_sample();
+        if start + 1 < seq.prompt_len && seq.choice == 0 {
+            let state = self.requests[seq.request as usize].as_ref().expect("a running sequence has its request");
+            if state.prompt_logprobs {
+                for position in start.max(seq.logprobs_len)..end.min(seq.prompt_len - 1) {
+                    plan.sample(row_of(position), seq.row, PROMPT_LOGPROB);
+                }
+            }
+        }
+        if entry.draws {
+            plan.sample(row_of(end - 1), seq.row, SAMPLE);
+            seq.samples_in_flight += 1;
+        }
+        entry.num_samples = plan.next_sample() - entry.first_sample;
+        seq.scheduled_len = end;
+        let computes_prompt_end = seq.choice == 0 && end == seq.prompt_len;
+        record.entries.push(entry);
+        if computes_prompt_end {
+            self.sample_forks(slot, row_of(end - 1), plan, record);
+        }
+        true
+    }
+
+    /// Samples the last prompt row once more for every choice that waits for it.
+    fn sample_forks(&mut self, slot: u32, row: usize, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
+        let request = self.seq(slot).request;
+        for choice in 1..self.request(request).choices.len() {
+            let Some(slot) = self.slot_of(request, choice) else { continue };
+            let fork = &mut self.seqs[slot as usize];
+            if fork.status() != Status::Forked {
+                continue;
+            }
+            let first_sample = plan.next_sample();
+            plan.sample(row, fork.row, SAMPLE);
+            fork.samples_in_flight += 1;
+            fork.outstanding += 1;
+            fork.last_plan = record.number;
+            let len_after = fork.prompt_len;
+            record.entries.push(PlanEntry { slot, len_after, first_sample, num_samples: 1, draws: true });
+        }
+    }
+
+    /// One more block for a running sequence, at the price of others if need be: least computed first, never the leader,
+    /// nobody who is in this plan already. False: not in this step (room is on its way, or the sequence itself had to go).
+    fn alloc_or_preempt(&mut self, slot: u32, plan_number: u64) -> bool {
+        loop {
+            let blocks = &mut self.seqs[slot as usize].blocks;
+            let after = blocks.last().copied();
+            if self.cache.alloc(1, after, blocks) {
+                return true;
+            }
+            if self.num_leaving > 0 {
+                return false;
+            }
+            let Some(loser) = self.pick_victim(plan_number) else { return false };
+            self.preempt(loser);
+            if loser == slot {
+                return false;
+            }
+        }
+    }
+
+    fn pick_victim(&self, plan_number: u64) -> Option<u32> {
+        let alive = |&(_, slot): &(usize, &u32)| matches!(self.seq(*slot).status(), Status::Running | Status::Forked);
+        let candidates = self.running.iter().enumerate().filter(alive).skip(1).filter_map(|(position, &slot)| {
+            let seq = self.seq(slot);
+            let is_free = seq.status() == Status::Running && seq.last_plan != plan_number;
+            is_free.then_some(Candidate { computed: seq.committed_len, position })
+        });
+        victim(candidates).map(|candidate| self.running[candidate.position])
+    }
+
+    fn preempt(&mut self, slot: u32) {
+        self.stats.preemptions_total += 1;
+        if self.seq(slot).outstanding == 0 {
+            self.park(slot);
+        } else {
+            self.seq_mut(slot).become_(Status::Preempting);
+            self.num_leaving += 1;
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Counters of a core, for metrics and tests. Plain numbers; read by `Core::stats`, printed by nobody here.
+
+use super::Core;
+
+/// What a core has done and holds. Totals only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CoreStats {
+    /// Sequences that hold a row.
+    pub num_running: usize,
+    /// Requests and preempted choices that wait.
+    pub num_waiting: usize,
+    /// Requests that live.
+    pub num_requests: usize,
+    /// Blocks that hold nothing.
+    pub free_blocks: usize,
+    /// Blocks that hold reusable KV and nobody uses.
+    pub cached_blocks: usize,
+    /// Blocks in use.
+    pub owned_blocks: usize,
+    /// Blocks being copied into.
+    pub in_transfer_blocks: usize,
+    /// Plans written.
+    pub steps_total: u64,
+    /// Requests accepted.
+    pub requests_total: u64,
+    /// Sequences put back into the queue.
+    pub preemptions_total: u64,
+    /// Prompt tokens of first admissions.
+    pub prompt_tokens_total: u64,
+    /// Of those, tokens served from the cache.
+    pub prefix_hit_tokens_total: u64,
+    /// Tokens planned in chunks (prompts, and recomputation after preemption).
+    pub prefill_tokens_total: u64,
+    /// Output tokens committed.
+    pub generated_tokens_total: u64,
+    /// Of those, tokens that the stream's owner cut off.
+    pub discarded_tokens_total: u64,
+    /// Plans that came back as failed.
+    pub failed_plans_total: u64,
+    /// Ends of choices by `FinishReason`.
+    pub finished_total: [u64; 5],
+}
+
+impl Core {
+    /// Counters now; O(1).
+    pub fn stats(&self) -> CoreStats {
+        let counts = self.cache.counts();
+        CoreStats {
+            num_running: self.running.len(),
+            num_waiting: self.waiting.len(),
+            num_requests: self.by_handle.len(),
+            free_blocks: counts.free,
+            cached_blocks: counts.cached,
+            owned_blocks: counts.owned,
+            in_transfer_blocks: counts.in_transfer,
+            ..self.stats
+        }
+    }
+}

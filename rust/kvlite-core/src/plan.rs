@@ -1,0 +1,392 @@
+//! `BatchPlan`: the int32 layout of one step, region by region: the contract with Python (`runner/plan.py` mirrors it).
+//!
+//! Owns offsets (`Layout`), the writer that fills a caller-owned arena in place and the reader that tests and the
+//! binding use. Knows neither sequences nor blocks: callers hand over plain numbers. Invariants: regions keep one order
+//! and fixed offsets for the life of a core; a write past a region's capacity is our own fault and panics.
+//! Written by `core::schedule` once per step; golden-tested in `tests/plan_golden.rs`.
+
+use crate::config::CoreConfig;
+
+/// Regions of a plan, in arena order. `DonePlanId` and what follows it are inputs, written by the runner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Region {
+    /// `[32]`: plan id, counts and hints; see `Header`.
+    Header,
+    /// `[T]`: ids; -1 means the device's own last token of that row.
+    TokenIds,
+    /// `[T]`: RoPE positions.
+    Positions,
+    /// `[T]`: largest key index that the row may see.
+    LastKey,
+    /// `[T]`: slot that receives the row's K and V.
+    SlotMapping,
+    /// `[T]`: slot that receives unrotated K and V; -1 for none.
+    SegmentSlot,
+    /// `[S + 1]`: first row of each sequence, cumulative.
+    QueryStart,
+    /// `[S]`: keys that exist once this plan has run.
+    ContextLen,
+    /// `[S]`: row of the device tables.
+    SeqRow,
+    /// `[N, 3]`: row, seq_row, kind (`SAMPLE` or `PROMPT_LOGPROB`).
+    Sample,
+    /// `[U, 3]`: seq_row, index, block; applied to the device's block table before the forward pass.
+    BlockUpdate,
+    /// `[S, 3]`: first sequence, number of sequences, shared blocks.
+    PrefixGroup,
+    /// `[S, 6]`: segment rows to place.
+    Place,
+    /// `[2 * NB]`: blocks that `Place` reads.
+    SourceBlocks,
+    /// `[S, 5]`: rows to score.
+    Score,
+    /// `[C, 3]`: direction, source block, target block; done before any store of this plan.
+    BlockCopy,
+    /// `[S, 5]`: handle, choice, seq_row, cause (`Cause`), cached_len.
+    Admitted,
+    /// `[2 * S, 3]`: seq_row, output position, token.
+    Committed,
+    /// `[F, 3]`: handle, choice (-1 for every choice left), reason (`FinishReason`).
+    Finished,
+    /// `[1]`, input: the plan id, written last, when the plan is complete.
+    DonePlanId,
+    /// `[1]`, input: 0 ok, 1 failed.
+    Status,
+    /// `[N]`, input: sampled ids; below 0 is a fault of that row.
+    Sampled,
+    /// `[T]`, input: rows chosen per score entry.
+    Selected,
+}
+
+const NUM_REGIONS: usize = Region::Selected as usize + 1;
+const HEADER_LEN: usize = 32;
+
+/// Fields of the header by index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Header {
+    /// 1.., positive.
+    PlanId,
+    /// Rows of this plan.
+    NumTokens,
+    /// Sequences of this plan.
+    NumSeqs,
+    /// Rows of `Sample`.
+    NumSamples,
+    /// Rows of `BlockUpdate`.
+    NumBlockUpdates,
+    /// Rows of `PrefixGroup`.
+    NumPrefixGroups,
+    /// Rows of `Place`.
+    NumPlaces,
+    /// Entries of `SourceBlocks`.
+    NumSourceBlocks,
+    /// Rows of `Score`.
+    NumScores,
+    /// Rows of `BlockCopy`.
+    NumBlockCopies,
+    /// Rows of `Admitted`.
+    NumAdmitted,
+    /// Rows of `Committed`.
+    NumCommitted,
+    /// Rows of `Finished`.
+    NumFinished,
+    /// Milliseconds from now to the next deadline; -1 for none.
+    NextWakeMs,
+    /// Sequences that hold a row after this step.
+    NumRunning,
+    /// Requests (or preempted choices) that wait after this step.
+    NumWaiting,
+}
+
+/// Sample kind: draw the next token.
+pub const SAMPLE: i32 = 0;
+/// Sample kind: only the log-probability of the prompt token that follows is wanted.
+pub const PROMPT_LOGPROB: i32 = 1;
+
+/// Why a sequence appears in `Admitted`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Cause {
+    /// First admission.
+    New = 0,
+    /// Back after a preemption.
+    Resumed = 1,
+    /// A further choice of an admitted request.
+    Forked = 2,
+    /// Arrived from another engine.
+    Imported = 3,
+}
+
+/// Where one region lies in the arena. A vector has one column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionSpec {
+    /// Snake-case name, as in architecture.md section 3.
+    pub name: &'static str,
+    /// First integer of the region.
+    pub offset: usize,
+    /// Rows (capacity).
+    pub rows: usize,
+    /// Columns; 1 for vectors.
+    pub cols: usize,
+}
+
+/// Offsets and shapes of all regions, fixed by the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    regions: [RegionSpec; NUM_REGIONS],
+    len: usize,
+}
+
+impl Layout {
+    /// Computes the layout of a validated configuration.
+    pub fn new(config: &CoreConfig) -> Layout {
+        let tokens = config.max_num_batched_tokens as usize;
+        let seqs = config.max_num_seqs as usize;
+        let blocks = config.max_blocks_per_seq() as usize;
+        let samples = tokens + seqs;
+        let updates = 2 * blocks + 4 * seqs + tokens.div_ceil(config.block_size as usize);
+        let finished = seqs + config.max_num_waiting as usize;
+        let shapes = [
+            ("header", HEADER_LEN, 1),
+            ("token_ids", tokens, 1),
+            ("positions", tokens, 1),
+            ("last_key", tokens, 1),
+            ("slot_mapping", tokens, 1),
+            ("segment_slot", tokens, 1),
+            ("query_start", seqs + 1, 1),
+            ("context_len", seqs, 1),
+            ("seq_row", seqs, 1),
+            ("sample", samples, 3),
+            ("block_update", updates, 3),
+            ("prefix_group", seqs, 3),
+            ("place", seqs, 6),
+            ("source_blocks", 2 * blocks, 1),
+            ("score", seqs, 5),
+            ("block_copy", 2 * seqs, 3),
+            ("admitted", seqs, 5),
+            ("committed", 2 * seqs, 3),
+            ("finished", finished, 3),
+            ("done_plan_id", 1, 1),
+            ("status", 1, 1),
+            ("sampled", samples, 1),
+            ("selected", tokens, 1),
+        ];
+        let mut len = 0;
+        let regions = shapes.map(|(name, rows, cols)| {
+            let spec = RegionSpec { name, offset: len, rows, cols };
+            len += rows * cols;
+            spec
+        });
+        Layout { regions, len }
+    }
+
+    /// All regions in arena order.
+    pub fn regions(&self) -> &[RegionSpec] {
+        &self.regions
+    }
+
+    /// One region.
+    pub fn region(&self, region: Region) -> &RegionSpec {
+        &self.regions[region as usize]
+    }
+
+    /// Integers in one arena.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true; a layout has a header at least.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn offset(&self, region: Region) -> usize {
+        self.regions[region as usize].offset
+    }
+
+    fn rows(&self, region: Region) -> usize {
+        self.regions[region as usize].rows
+    }
+}
+
+/// Fills one arena in place. Counts live here and go to the header in `seal`.
+pub struct PlanWriter<'a> {
+    layout: &'a Layout,
+    arena: &'a mut [i32],
+    counts: [usize; NUM_REGIONS],
+    num_tokens: usize,
+    num_seqs: usize,
+}
+
+impl<'a> PlanWriter<'a> {
+    /// Starts a plan over `arena` (`layout.len()` integers). The inputs of the plan that was there are cleared.
+    pub fn new(layout: &'a Layout, arena: &'a mut [i32]) -> PlanWriter<'a> {
+        assert_eq!(arena.len(), layout.len(), "step checks the arena's length");
+        arena[layout.offset(Region::DonePlanId)] = 0;
+        arena[layout.offset(Region::Status)] = 0;
+        arena[layout.offset(Region::QueryStart)] = 0;
+        PlanWriter { layout, arena, counts: [0; NUM_REGIONS], num_tokens: 0, num_seqs: 0 }
+    }
+
+    /// Rows written so far.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Rows of `region` that are still empty.
+    pub fn room(&self, region: Region) -> usize {
+        self.layout.rows(region) - self.counts[region as usize]
+    }
+
+    /// Index that the next sample gets.
+    pub fn next_sample(&self) -> u32 {
+        self.counts[Region::Sample as usize] as u32
+    }
+
+    /// Appends one row: token `id` (-1: the device's own) at `position`, stored at `slot`; sees keys up to `position`.
+    #[inline]
+    pub fn token(&mut self, id: i32, position: u32, slot: u32) {
+        let at = self.num_tokens;
+        assert!(at < self.layout.rows(Region::TokenIds), "the token budget is checked before rows are written");
+        for (region, value) in [
+            (Region::TokenIds, id),
+            (Region::Positions, position as i32),
+            (Region::LastKey, position as i32),
+            (Region::SlotMapping, slot as i32),
+            (Region::SegmentSlot, -1),
+        ] {
+            self.arena[self.layout.offset(region) + at] = value;
+        }
+        self.num_tokens = at + 1;
+    }
+
+    /// Closes a sequence: all rows since the last call are its rows.
+    #[inline]
+    pub fn sequence(&mut self, seq_row: u32, context_len: u32) {
+        let at = self.num_seqs;
+        assert!(at < self.layout.rows(Region::SeqRow), "a row is scheduled once per plan");
+        self.arena[self.layout.offset(Region::SeqRow) + at] = seq_row as i32;
+        self.arena[self.layout.offset(Region::ContextLen) + at] = context_len as i32;
+        self.arena[self.layout.offset(Region::QueryStart) + at + 1] = self.num_tokens as i32;
+        self.num_seqs = at + 1;
+    }
+
+    /// Asks for a sample of `row`; returns its index. Until the runner writes it, a draw counts as a fault.
+    #[inline]
+    pub fn sample(&mut self, row: usize, seq_row: u32, kind: i32) -> u32 {
+        let index = self.counts[Region::Sample as usize];
+        self.push(Region::Sample, [row as i32, seq_row as i32, kind]);
+        self.arena[self.layout.offset(Region::Sampled) + index] = if kind == SAMPLE { -1 } else { 0 };
+        index as u32
+    }
+
+    /// Sets entry `index` of the device's block table of `seq_row`.
+    #[inline]
+    pub fn block_update(&mut self, seq_row: u32, index: u32, block: u32) {
+        self.push(Region::BlockUpdate, [seq_row as i32, index as i32, block as i32]);
+    }
+
+    /// Copies a block on the device before the forward pass.
+    pub fn block_copy(&mut self, source: u32, target: u32) {
+        self.push(Region::BlockCopy, [0, source as i32, target as i32]);
+    }
+
+    /// Announces that a sequence holds `seq_row` from now on.
+    pub fn admitted(&mut self, handle: i32, choice: u32, seq_row: u32, cause: Cause, cached_len: u32) {
+        self.push(Region::Admitted, [handle, choice as i32, seq_row as i32, cause as i32, cached_len as i32]);
+    }
+
+    /// Reports a committed token.
+    #[inline]
+    pub fn committed(&mut self, row: [i32; 3]) {
+        self.push(Region::Committed, row);
+    }
+
+    /// Reports an end.
+    pub fn finished(&mut self, row: [i32; 3]) {
+        self.push(Region::Finished, row);
+    }
+
+    /// Writes the header; nothing may be added afterwards.
+    pub fn seal(self, plan_id: i32, next_wake_ms: i32, num_running: usize, num_waiting: usize) {
+        let count = |region: Region| self.counts[region as usize] as i32;
+        let mut header = [0; HEADER_LEN];
+        header[Header::PlanId as usize] = plan_id;
+        header[Header::NumTokens as usize] = self.num_tokens as i32;
+        header[Header::NumSeqs as usize] = self.num_seqs as i32;
+        header[Header::NumSamples as usize] = count(Region::Sample);
+        header[Header::NumBlockUpdates as usize] = count(Region::BlockUpdate);
+        header[Header::NumBlockCopies as usize] = count(Region::BlockCopy);
+        header[Header::NumAdmitted as usize] = count(Region::Admitted);
+        header[Header::NumCommitted as usize] = count(Region::Committed);
+        header[Header::NumFinished as usize] = count(Region::Finished);
+        header[Header::NextWakeMs as usize] = next_wake_ms;
+        header[Header::NumRunning as usize] = num_running as i32;
+        header[Header::NumWaiting as usize] = num_waiting as i32;
+        self.arena[..HEADER_LEN].copy_from_slice(&header);
+    }
+
+    #[inline]
+    fn push<const COLS: usize>(&mut self, region: Region, row: [i32; COLS]) {
+        let spec = &self.layout.regions[region as usize];
+        let at = self.counts[region as usize];
+        assert!(at < spec.rows && COLS == spec.cols, "region {} is full: room() is asked first", spec.name);
+        self.arena[spec.offset + at * COLS..][..COLS].copy_from_slice(&row);
+        self.counts[region as usize] = at + 1;
+    }
+}
+
+/// Reads one written plan; used by tests, benches and the binding's debug view.
+#[derive(Clone, Copy)]
+pub struct PlanView<'a> {
+    layout: &'a Layout,
+    arena: &'a [i32],
+}
+
+impl<'a> PlanView<'a> {
+    /// Looks at `arena`, which `step` has filled.
+    pub fn new(layout: &'a Layout, arena: &'a [i32]) -> PlanView<'a> {
+        PlanView { layout, arena }
+    }
+
+    /// One header field.
+    pub fn header(&self, field: Header) -> i32 {
+        self.arena[field as usize]
+    }
+
+    /// The first `rows` rows of a region, flat and row-major.
+    pub fn flat(&self, region: Region, rows: usize) -> &'a [i32] {
+        let spec = self.layout.region(region);
+        &self.arena[spec.offset..][..rows * spec.cols]
+    }
+
+    /// The filled rows of a counted region, `COLS` integers each.
+    pub fn rows<const COLS: usize>(&self, region: Region) -> impl Iterator<Item = [i32; COLS]> + 'a {
+        let count = match region {
+            Region::Sample => Header::NumSamples,
+            Region::BlockUpdate => Header::NumBlockUpdates,
+            Region::BlockCopy => Header::NumBlockCopies,
+            Region::Admitted => Header::NumAdmitted,
+            Region::Committed => Header::NumCommitted,
+            Region::Finished => Header::NumFinished,
+            _ => panic!("region {region:?} has no row count of its own"),
+        };
+        assert_eq!(self.layout.region(region).cols, COLS, "columns of {region:?}");
+        let rows = self.header(count) as usize;
+        self.flat(region, rows).chunks_exact(COLS).map(|row| row.try_into().expect("chunks have COLS integers"))
+    }
+
+    /// Rebuilds full block tables: applies this plan's changes to `tables` (`[max_num_seqs][blocks]`).
+    pub fn expand(&self, tables: &mut [Vec<u32>]) {
+        for [seq_row, index, block] in self.rows::<3>(Region::BlockUpdate) {
+            let table = &mut tables[seq_row as usize];
+            let index = index as usize;
+            if table.len() <= index {
+                table.resize(index + 1, u32::MAX);
+            }
+            table[index] = block as u32;
+        }
+    }
+}

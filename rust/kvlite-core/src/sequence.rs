@@ -1,0 +1,232 @@
+//! `Sequence`: one choice of one request: its token ids, counters, blocks and status.
+//!
+//! Owns the counters' arithmetic and the legal transitions of `Status`. Must not know the cache, the plan or the queues:
+//! `core` moves blocks and rows and calls `become_` here. Invariants: committed_len <= scheduled_len <= known tokens +
+//! samples in flight; blocks[..tree_len] are in the tree and pinned through their last one, the rest is private.
+//! Used by `core` alone.
+
+use crate::ids::{BlockId, Namespace, TenantId, Token};
+
+/// The policy's number, then the arrival, which makes it unique; smaller is sooner.
+pub(crate) type Rank = (i64, u64);
+
+/// Why a choice ended; the number is what crosses the boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum FinishReason {
+    /// A stop token, or a stop string seen by the stream's owner.
+    Stop = 0,
+    /// `max_tokens`.
+    Length = 1,
+    /// Aborted.
+    Cancelled = 2,
+    /// A fault of this request or of its plan.
+    Error = 3,
+    /// Its deadline passed.
+    Timeout = 4,
+}
+
+impl FinishReason {
+    /// The reason with this number, if there is one.
+    pub fn from_code(code: i32) -> Option<FinishReason> {
+        use FinishReason::{Cancelled, Error, Length, Stop, Timeout};
+        [Stop, Length, Cancelled, Error, Timeout].into_iter().find(|&reason| reason as i32 == code)
+    }
+}
+
+/// Where a sequence is in its life.
+///
+/// ```text
+///   Waiting -> Running -> Ending -> Vacant        Waiting -> Vacant  (ended before it held anything)
+///      ^  \       |  ^       ^
+///      |   Forked-+--'       |       Forked: holds a row, waits for choice 0 to compute the prompt
+///      +------ Preempting ---+       Ending, Preempting: hold everything until no plan names them
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    Vacant,
+    Waiting,
+    Forked,
+    Running,
+    Preempting,
+    Ending,
+}
+
+impl Status {
+    fn may_become(self, next: Status) -> bool {
+        use Status::{Ending, Forked, Preempting, Running, Vacant, Waiting};
+        matches!(
+            (self, next),
+            (Vacant, Waiting | Forked)
+                | (Waiting, Running | Vacant)
+                | (Forked, Running | Waiting | Ending)
+                | (Running, Preempting | Waiting | Ending)
+                | (Preempting, Waiting | Ending)
+                | (Ending, Vacant)
+        )
+    }
+
+    /// Whether the sequence holds a row.
+    pub fn holds_row(self) -> bool {
+        !matches!(self, Status::Vacant | Status::Waiting)
+    }
+}
+
+/// One choice of one request.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    /// Index of the request's state in `core`.
+    pub request: u32,
+    /// 0..n of the request.
+    pub choice: u32,
+    /// Root of its lookups.
+    pub namespace: Namespace,
+    /// Order among all sequences, smaller first; given by the policy once, kept through preemptions.
+    pub rank: Rank,
+    status: Status,
+    /// Prompt, then committed output; reserved to its declared end, so that a step never allocates.
+    pub tokens: Vec<Token>,
+    /// Of `tokens`, how many are the prompt.
+    pub prompt_len: u32,
+    /// Prompt plus max_tokens: no plan passes it.
+    pub end_len: u32,
+    /// Row of the device tables; meaningful while `status.holds_row()`.
+    pub row: u32,
+    /// Tokens named by plans so far; runs ahead of `committed_len` by at most the plans in flight.
+    pub scheduled_len: u32,
+    /// Tokens whose KV a *completed* plan has written; what the tree may hold.
+    pub committed_len: u32,
+    /// Sampled by plans that have not completed.
+    pub samples_in_flight: u32,
+    /// Plans in flight that name this sequence; nothing of it is freed before this is 0.
+    pub outstanding: u32,
+    /// The plan that named it last, by core-internal number; a sequence is named once per plan.
+    pub last_plan: u64,
+    /// Block table; reserved to its declared end at admission.
+    pub blocks: Vec<BlockId>,
+    /// Of `blocks`, how many are in the tree; the last of them is the cursor, the only one pinned.
+    pub tree_len: u32,
+    /// Of `blocks`, how many were hits: they do not come back to the pool for sure when this sequence ends.
+    pub hit_len: u32,
+    /// Of `blocks`, how many the device's table row already shows.
+    pub table_len: u32,
+    /// The parent's partly filled prompt block, shared until it is copied (or adopted by its last owner).
+    pub tail_source: Option<BlockId>,
+    /// Known tokens at admission; below this it is in prefill.
+    pub prefill_until: u32,
+    /// Prompt positions whose log-probabilities a completed plan has delivered.
+    pub logprobs_len: u32,
+    /// Times preempted; each doubles the room that admission sets aside for it.
+    pub preemptions: u32,
+    /// Steps it was held back for a neighbour that computes the same prefix; bounded by `HOLD_LIMIT_STEPS`.
+    pub held_steps: u32,
+}
+
+impl Sequence {
+    /// A waiting sequence with its own copy of `tokens`, reserved to `end_len`.
+    pub fn new(
+        request: u32,
+        choice: u32,
+        namespace: Namespace,
+        rank: Rank,
+        prompt: &[Token],
+        end_len: u32,
+    ) -> Sequence {
+        let mut tokens = Vec::with_capacity(end_len as usize);
+        tokens.extend_from_slice(prompt);
+        Sequence {
+            request,
+            choice,
+            namespace,
+            rank,
+            status: Status::Waiting,
+            tokens,
+            prompt_len: prompt.len() as u32,
+            end_len,
+            row: 0,
+            scheduled_len: 0,
+            committed_len: 0,
+            samples_in_flight: 0,
+            outstanding: 0,
+            last_plan: 0,
+            blocks: Vec::new(),
+            tree_len: 0,
+            hit_len: 0,
+            table_len: 0,
+            tail_source: None,
+            prefill_until: 0,
+            logprobs_len: 0,
+            preemptions: 0,
+            held_steps: 0,
+        }
+    }
+
+    /// What an empty slot of the table holds.
+    pub fn vacant() -> Sequence {
+        let mut seq = Sequence::new(u32::MAX, 0, Namespace::exact(TenantId(0)), (0, 0), &[], 0);
+        seq.status = Status::Vacant;
+        seq
+    }
+
+    /// A further choice that starts with a row, before its prompt is computed.
+    pub fn forked_from(parent: &Sequence, choice: u32) -> Sequence {
+        let prompt = &parent.tokens[..parent.prompt_len as usize];
+        let mut fork = Sequence::new(parent.request, choice, parent.namespace, parent.rank, prompt, parent.end_len);
+        fork.status = Status::Forked;
+        fork
+    }
+
+    /// Current status.
+    #[inline]
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Moves to `next`; panics on a transition that the picture does not have.
+    pub fn become_(&mut self, next: Status) {
+        assert!(self.status.may_become(next), "a sequence never goes from {:?} to {next:?}", self.status);
+        self.status = next;
+    }
+
+    /// Output tokens known.
+    #[inline]
+    pub fn output_len(&self) -> u32 {
+        self.tokens.len() as u32 - self.prompt_len
+    }
+
+    /// Known tokens plus those being sampled.
+    #[inline]
+    pub fn total_len(&self) -> u32 {
+        self.tokens.len() as u32 + self.samples_in_flight
+    }
+
+    /// Tokens that a plan could compute now: 1 for a decode, more for a prefill, 0 when its end is already planned.
+    #[inline]
+    pub fn schedulable(&self) -> u32 {
+        if self.total_len() < self.end_len { self.total_len() - self.scheduled_len } else { 0 }
+    }
+
+    /// Whether its known tokens are still being computed for the first time since admission.
+    pub fn in_prefill(&self) -> bool {
+        self.committed_len < self.prefill_until
+    }
+
+    /// Order in every list: rank, then choice.
+    #[inline]
+    pub fn order(&self) -> (Rank, u32) {
+        (self.rank, self.choice)
+    }
+
+    /// Forgets everything that belongs to a stay on the device; tokens and output remain.
+    pub fn forget_device_state(&mut self) {
+        assert!(self.blocks.is_empty() && self.tail_source.is_none(), "blocks are given back first");
+        assert!(self.outstanding == 0 && self.samples_in_flight == 0, "a plan still names this sequence");
+        self.scheduled_len = 0;
+        self.committed_len = 0;
+        self.tree_len = 0;
+        self.hit_len = 0;
+        self.table_len = 0;
+        self.prefill_until = 0;
+        self.held_steps = 0;
+    }
+}
