@@ -39,7 +39,8 @@ def attention(
             continue
         last = last_key[first:end].long()
         num_keys = max(0, min(contexts[s], int(last.max()) + 1))
-        key = torch.arange(num_keys, device=q.device)
+        first_key = min(num_keys, max(0, int(last.min()) - window + 1)) if window else 0
+        key = torch.arange(first_key, num_keys, device=q.device)
         block = block_table[table_rows[s]].index_select(0, key // block_size)
         k = k_cache[block, key % block_size].to(compute).repeat_interleave(groups, dim=1)
         v = v_cache[block, key % block_size].to(compute).repeat_interleave(groups, dim=1)
