@@ -7,8 +7,7 @@ a user sees one clear line, not a traceback. Imports nothing heavy before a comm
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
@@ -31,9 +30,9 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Entry point of the command."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command; `arguments` default to those of the process."""
+    app(arguments)
 
 
 def _show_version(wanted: bool) -> None:
@@ -144,4 +143,4 @@ def demo_command() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,12 +10,13 @@ import asyncio
 import ipaddress
 import socket
 import sys
-import time
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvlite.async_engine import AsyncEngine
 from kvlite.config import EngineConfig
@@ -27,7 +28,70 @@ KEEP_ALIVE_S = 15
 HEADER_BYTES = 16 * 1024
 MAX_CONNECTIONS = 4096
 """Sockets beyond this get a 503 at once; above the engine's own queue, which answers with a reason."""
+LISTEN_BACKLOG = 2048
 EXIT_ABORTED = 1
+SHIPPED_MODEL_NAME = "kvlite-small"
+
+
+def check_address(config: EngineConfig) -> None:
+    """Refuse to listen beyond this machine without a key. Raises ConfigError."""
+    if config.api_key is not None:
+        if not config.api_key.isascii() or not config.api_key.strip():
+            raise ConfigError("api_key", "must be printable ASCII text that is not blank")
+        return
+    try:
+        loopback = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError("host", f"{config.host!r} is reachable from other machines: set KVLITE_API_KEY first")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: a port in use is known before the model loads. Raises ConfigError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError("host", f"{host!r} cannot be used: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError("port", f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients reach the server."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn with our signals: exit status 0 after a drain instead of dying of the signal again."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second aborts."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door; answers that are under way go on, at most drain_s, then end as cancelled."""
+        ending = asyncio.create_task(self._end_engine())
+        await super().shutdown(sockets)
+        if self.force_exit:
+            ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+
+    async def _end_engine(self) -> None:
+        await self._engine.drain(self._drain_s)
 
 
 def serve(config: EngineConfig) -> int:
@@ -36,14 +100,52 @@ def serve(config: EngineConfig) -> int:
     Raises ConfigError (address, key), ModelLoadError, and whatever the engine says of its settings.
     """
     check_address(config)
-    listener = bind(config.host, config.port)
-    console = Console(stderr=True)
-    with listener:
-        start = time.monotonic()
-        engine = Engine(config)
-        loaded = time.monotonic()
-        asynchronous = AsyncEngine(engine)
-        host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        console.print(startup_table(engine, loaded - start, url))
-        return asyncio.run(_run(asynchronous, config, listener))
+    with bind(config.host, config.port) as listener, Engine(config) as engine:
+        Console(stderr=True).print(startup_table(engine, url_of(listener)))
+        return asyncio.run(_run(engine, config, listener))
+
+
+def startup_table(engine: Engine, url: str) -> Table:
+    """What was loaded, what fits, how long it took, where it answers."""
+    table = Table(show_header=False, box=None)
+    for name, value in (*engine.startup.rows(), ("API name", model_name(engine)), ("URL", url)):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def model_name(engine: Engine) -> str:
+    """Name of the model in the API: as configured, else of its directory; the shipped model has one of its own."""
+    config = engine.config
+    if config.served_model_name is not None:
+        return config.served_model_name
+    return SHIPPED_MODEL_NAME if config.model is None else Path(engine.startup.model).resolve().name
+
+
+async def _run(engine: Engine, config: EngineConfig, listener: socket.socket) -> int:
+    asynchronous = AsyncEngine(engine)
+    settings = uvicorn.Config(
+        create_app(asynchronous, config, model_name(engine)),
+        # h11 bounds the size of headers; the faster parser does not.
+        http="h11",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        limit_concurrency=MAX_CONNECTIONS,
+        backlog=LISTEN_BACKLOG,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+    )
+    server = DrainingServer(settings, asynchronous, config.drain_s)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await asynchronous.close()
+    return EXIT_ABORTED if server.force_exit else 0
+
+
+if __name__ == "__main__":
+    from kvlite.cli import main
+
+    main(["serve", *sys.argv[1:]])

@@ -12,17 +12,17 @@ import importlib.metadata
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from kvlite.async_engine import AsyncEngine
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError, KvliteError
+from kvlite.request import RequestOptions, validate
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
 from kvlite.server.gate import ClientGone, Gate, read_body, unless_gone
 from kvlite.server.metrics import Meter
@@ -30,6 +30,9 @@ from kvlite.server.protocol import Limits, Options, UnknownModelError, parse_cha
 from kvlite.server.stream import event_stream, whole_answer
 from kvlite.server.wire import Call, ChatWire, Prompt, TextWire, Wire
 from kvlite.types import Delta
+
+if TYPE_CHECKING:
+    from kvlite.async_engine import AsyncEngine
 
 CLIENT_GONE_STATUS = 499
 """nginx's number for an answer that nobody waits for; seen in the access log only."""
@@ -85,12 +88,7 @@ class _Routes:
         self._created = int(time.time())
         self._meter = Meter(model, engine.stats)
         self._config = config
-        self._limits = Limits(
-            model=model,
-            vocab_size=engine.vocab_size,
-            max_model_len=engine.max_model_len,
-            config=config,
-        )
+        self._limits = Limits(model, engine.limits)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -138,7 +136,7 @@ class _Routes:
             "object": "model",
             "created": self._created,
             "owned_by": "kvlite",
-            "max_model_len": self._limits.max_model_len,
+            "max_model_len": self._limits.engine.max_model_len,
         }
 
     async def _prepare(self, request: Request, make: Callable[[bytes, str], Call]) -> Call:
@@ -164,14 +162,17 @@ class _Routes:
         return self._call("cmpl-" + request_id, completion.options, tuple(prompts), completion.echo)
 
     def _call(self, id: str, options: Options, prompts: tuple[Prompt, ...], echo: bool = False) -> Call:
-        """Checks what only the tokens show; the engine checks each prompt again by itself."""
-        params, limit = options.params, self._config.max_request_tokens
-        longest = max(len(prompt.ids) for prompt in prompts)
-        if longest == 0:
-            raise InvalidRequestError("prompt", "empty: at least one token is needed")
-        wanted = sum(len(prompt.ids) + (params.max_tokens or 0) for prompt in prompts) * params.n
-        if wanted > limit:
-            raise InvalidRequestError("prompt", f"the call asks for {wanted} tokens, at most {limit} are allowed")
+        """Checks what only the tokens show, for every prompt before any of them starts."""
+        params = options.params
+        requests = [
+            validate(self._limits.engine, prompt.ids, params, RequestOptions(priority=options.priority))
+            for prompt in prompts
+        ]
+        wanted = sum(len(request.prompt_ids) + request.max_tokens for request in requests) * params.n
+        if wanted > self._config.max_request_tokens:
+            raise InvalidRequestError(
+                "prompt", f"the call asks for {wanted} tokens, at most {self._config.max_request_tokens} are allowed"
+            )
         return Call(id, int(time.time()), self._limits.model, options, prompts, echo)
 
     async def _answer(self, request: Request, call: Call, wire: Wire) -> Response:

@@ -32,6 +32,11 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."
 
 
+def as_list(value: object) -> list[object] | None:
+    """`value` when it is a list."""
+    return cast("list[object]", value) if isinstance(value, list) else None
+
+
 def parse_object(body: bytes) -> Json:
     """The JSON object in `body`. Refuses NaN, Infinity, duplicate keys, lone surrogates and nesting past MAX_DEPTH."""
     try:
@@ -160,11 +165,9 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return ()
-        if not isinstance(value, list):
+        items = as_list(value)
+        if items is None or len(items) > max_len:
             self.refuse(name, value, f"a list of at most {max_len} integers between {low} and {high}")
-        items = cast("list[object]", value)
-        if len(items) > max_len:
-            self.refuse(name, items, f"a list of at most {max_len} integers")
         return tuple(self._checked_integer(f"{name}[{i}]", item, low, high) for i, item in enumerate(items))
 
     def texts(self, name: str, max_len: int, max_bytes: int) -> tuple[str, ...]:
@@ -172,7 +175,8 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return ()
-        items = cast("list[object]", value) if isinstance(value, list) else [value]
+        listed = as_list(value)
+        items = [value] if listed is None else listed
         allowed = f"text or a list of at most {max_len} texts of 1 to {max_bytes} bytes each"
         if len(items) > max_len:
             self.refuse(name, items, allowed)
@@ -218,11 +222,9 @@ class Fields:
     def items(self, name: str, max_len: int) -> Iterator[tuple[Fields, object]]:
         """Entries of a required, non-empty list of objects, each as Fields."""
         value = self.raw(name)
-        if not isinstance(value, list) or not value:
+        entries = as_list(value)
+        if not entries or len(entries) > max_len:
             self.refuse(name, value, f"a list of 1 to {max_len} objects")
-        entries = cast("list[object]", value)
-        if len(entries) > max_len:
-            self.refuse(name, entries, f"a list of 1 to {max_len} objects")
         for i, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 self.refuse(f"{name}[{i}]", entry, "an object")

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, cast
 
-from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError, KvliteError
-from kvlite.server.fields import Fields, parse_object, shown
+from kvlite.request import PRIORITY_LIMIT, RequestLimits
+from kvlite.server.fields import Fields, as_list, parse_object, shown
 from kvlite.types import STOP_IDS_CEILING, SamplingParams
 
 MAX_MESSAGES = 1024
-PRIORITY_BOUND = 1 << 20
 RESERVED_VARIABLES = {"self", "messages", "tools", "documents", "add_generation_prompt", "specials", "variables"}
 ROLES = ("system", "developer", "user", "assistant", "document")
 
@@ -57,13 +56,10 @@ class Reuse(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a body is checked against."""
+    """What a body is checked against: the engine's own limits, and the model's name in the API."""
 
     model: str
-    """Name of the model in the API."""
-    vocab_size: int
-    max_model_len: int
-    config: EngineConfig
+    engine: RequestLimits
 
 
 @dataclass(frozen=True)
@@ -106,10 +102,10 @@ def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     _check_model(fields, limits)
     messages = tuple(_message(entry) for entry, _ in fields.items("messages", MAX_MESSAGES))
     wanted = fields.flag("logprobs", False)
-    top = fields.integer("top_logprobs", 0, limits.config.max_logprobs)
+    top = fields.integer("top_logprobs", 0, limits.engine.config.max_logprobs)
     if top is not None and not wanted:
         raise InvalidRequestError("top_logprobs", f"{top} needs logprobs=true")
-    limit = fields.integer("max_completion_tokens", 1, limits.max_model_len)
+    limit = fields.integer("max_completion_tokens", 1, limits.engine.max_model_len)
     more: dict[str, Any] = {"logprobs": (top or 0) if wanted else None}
     if limit is not None:
         more["max_tokens"] = limit
@@ -124,7 +120,7 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     _check_model(fields, limits)
     prompts = _prompts(fields, limits)
     echo = fields.flag("echo", False)
-    logprobs = fields.integer("logprobs", 0, limits.config.max_logprobs)
+    logprobs = fields.integer("logprobs", 0, limits.engine.config.max_logprobs)
     more: dict[str, Any] = {"logprobs": logprobs}
     if echo and logprobs is not None and fields.raw("prompt_logprobs") is None:
         more["prompt_logprobs"] = logprobs
@@ -144,16 +140,16 @@ def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
     given = {name: value for name in SAMPLING_FIELDS if (value := fields.raw(name)) is not None}
     if stream and given.get("prompt_logprobs") is not None:
         raise InvalidRequestError("prompt_logprobs", "not available with stream=true")
-    config = limits.config
+    config = limits.engine.config
     params = SamplingParams(
         **cast("dict[str, Any]", given) | {name: value for name, value in more.items() if value is not None},
         stop=fields.texts("stop", config.max_stop, config.max_stop_bytes),
-        stop_token_ids=fields.integers("stop_token_ids", 0, limits.vocab_size - 1, STOP_IDS_CEILING),
-        logit_bias=fields.bias("logit_bias", limits.vocab_size, config.max_logit_bias),
+        stop_token_ids=fields.integers("stop_token_ids", 0, limits.engine.vocab_size - 1, STOP_IDS_CEILING),
+        logit_bias=fields.bias("logit_bias", limits.engine.vocab_size, config.max_logit_bias),
     )
     options = Options(
         params=params,
-        priority=fields.integer("priority", -PRIORITY_BOUND, PRIORITY_BOUND) or 0,
+        priority=fields.integer("priority", -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0,
         reuse=_reuse(fields),
         stream=stream,
         include_usage=include_usage,
@@ -224,7 +220,7 @@ def _content(entry: Fields) -> str:
     value = entry.raw("content")
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value:
+    if not as_list(value):
         entry.refuse("content", value, "text or a list of text parts")
     texts: list[str] = []
     for part, _ in entry.items("content", MAX_MESSAGES):
@@ -260,33 +256,35 @@ def _prompts(fields: Fields, limits: Limits) -> tuple[str | tuple[int, ...], ...
     allowed = "text, a list of texts, a list of token ids or a list of lists of token ids, none of them empty"
     if isinstance(value, str) and value:
         return (value,)
-    if not isinstance(value, list) or not value:
+    entries = as_list(value)
+    if not entries:
         fields.refuse("prompt", value, allowed)
-    entries = cast("list[object]", value)
     if isinstance(entries[0], int):
         return (_ids("prompt", entries, limits),)
-    if len(entries) > limits.config.max_num_waiting:
-        fields.refuse("prompt", entries, f"at most {limits.config.max_num_waiting} prompts")
+    if len(entries) > limits.engine.config.max_num_waiting:
+        fields.refuse("prompt", entries, f"at most {limits.engine.config.max_num_waiting} prompts")
     prompts: list[str | tuple[int, ...]] = []
     for i, entry in enumerate(entries):
         name = f"prompt[{i}]"
         if isinstance(entry, str) and entry and isinstance(entries[0], str):
             prompts.append(entry)
-        elif isinstance(entry, list) and entry and isinstance(entries[0], list):
-            prompts.append(_ids(name, cast("list[object]", entry), limits))
+        elif (ids := as_list(entry)) and isinstance(entries[0], list):
+            prompts.append(_ids(name, ids, limits))
         else:
             fields.refuse(name, entry, allowed)
     return tuple(prompts)
 
 
 def _ids(name: str, entries: list[object], limits: Limits) -> tuple[int, ...]:
-    if len(entries) > limits.max_model_len:
-        raise InvalidRequestError(name, f"{len(entries)} tokens are too many: max_model_len is {limits.max_model_len}")
+    if len(entries) > limits.engine.max_model_len:
+        raise InvalidRequestError(
+            name, f"{len(entries)} tokens are too many: max_model_len is {limits.engine.max_model_len}"
+        )
     ids: list[int] = []
     for i, token in enumerate(entries):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < limits.vocab_size:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < limits.engine.vocab_size:
             raise InvalidRequestError(
-                f"{name}[{i}]", f"{shown(token)} is no token id: must be between 0 and {limits.vocab_size - 1}"
+                f"{name}[{i}]", f"{shown(token)} is no token id: must be between 0 and {limits.engine.vocab_size - 1}"
             )
         ids.append(token)
     return tuple(ids)

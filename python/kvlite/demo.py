@@ -1,0 +1,249 @@
+"""`kvlite demo`: a real server process, real documents, questions over HTTP, and what the prefix cache saved.
+
+Owns the demonstration alone. Speaks OpenAI's wire format through the standard library, as any client would, and knows
+nothing of the engine. Fails when an answer is empty, when a prefix hit does not happen, or when the server does not
+stop cleanly. Called by cli.py (`make demo`).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvlite.errors import KvliteError
+
+HOST = "127.0.0.1"
+READY_WITHIN_S = 180.0
+STOP_WITHIN_S = 60.0
+POLL_S = 0.05
+REQUEST_TIMEOUT_S = 120.0
+EXIT_FAILED = 1
+
+
+class DemoError(KvliteError):
+    """The demonstration could not be given; the message says why."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its known answer and where that answer comes from."""
+
+    question: str
+    answer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Script:
+    """What demo_documents.json holds."""
+
+    system: str
+    documents: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """The conversation: system, every document, the question."""
+        documents = [{"role": "document", "content": text} for text in self.documents]
+        return [{"role": "system", "content": self.system}, *documents, {"role": "user", "content": question}]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question."""
+
+    text: str
+    first_token_s: float
+    prompt_tokens: int
+    cached_tokens: int
+
+
+def demo() -> int:
+    """Give the demonstration on stdout. Returns the exit status. Raises DemoError when the server does not start."""
+    console = Console()
+    script = read_script()
+    port = free_port()
+    command = [sys.executable, "-m", "kvlite.server", "--port", str(port)]
+    console.print("[bold]Starting[/bold]  kvlite serve --port", port)
+    with running(command, port) as server:
+        show_documents(console, script)
+        # A first request pays for threads and memory that the process touches once: not what is shown here.
+        reversed_script = Script(script.system, script.documents[::-1], script.questions)
+        ask(port, reversed_script.messages("Where does Elsa live?"))
+        answers = [ask(port, script.messages(question.question)) for question in script.questions]
+        show_answers(console, script.questions, answers)
+        show_saving(console, answers)
+        server.send_signal(signal.SIGTERM)
+        try:
+            status = server.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            raise DemoError(f"the server did not stop within {STOP_WITHIN_S:g} s of SIGTERM") from None
+    return verdict(console, answers, status)
+
+
+def read_script() -> Script:
+    """The documents and questions that ship with the package."""
+    raw: dict[str, Any] = json.loads(Path(__file__).with_name("demo_documents.json").read_text("utf-8"))
+    return Script(raw["system"], tuple(raw["documents"]), tuple(Question(**entry) for entry in raw["questions"]))
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], port: int) -> Generator[subprocess.Popen[bytes]]:
+    """The server, ready to answer; killed at the end when it still runs."""
+    server = subprocess.Popen(command)
+    try:
+        wait_until_ready(server, port)
+        yield server
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], port: int, within_s: float = READY_WITHIN_S) -> None:
+    """Poll /ready until it says 200. Raises DemoError when the process ends or time is up."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise DemoError(f"the server ended with status {server.returncode} before it was ready")
+        connection = http.client.HTTPConnection(HOST, port, timeout=REQUEST_TIMEOUT_S)
+        try:
+            connection.request("GET", "/ready")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass  # nobody listens yet
+        finally:
+            connection.close()
+        time.sleep(POLL_S)
+    raise DemoError(f"the server was not ready after {within_s:g} s")
+
+
+def ask(port: int, messages: list[dict[str, str]]) -> Answer:
+    """One streamed chat completion. Raises DemoError on any status but 200."""
+    body = {"messages": messages, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    connection = http.client.HTTPConnection(HOST, port, timeout=REQUEST_TIMEOUT_S)
+    try:
+        start = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise DemoError(f"the server answered {response.status}: {response.read(500).decode('utf-8', 'replace')}")
+        first: float | None = None
+        text: list[str] = []
+        usage: dict[str, Any] = {}
+        for chunk in events(response):
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                if piece := choice["delta"].get("content"):
+                    first = time.perf_counter() - start if first is None else first
+                    text.append(piece)
+    finally:
+        connection.close()
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return Answer("".join(text), first if first is not None else float("nan"), usage["prompt_tokens"], cached)
+
+
+def events(response: http.client.HTTPResponse) -> Generator[dict[str, Any]]:
+    """The JSON of every server-sent event up to [DONE]. Raises DemoError on an error event."""
+    for raw in response:
+        line = raw.strip()
+        if line == b"data: [DONE]":
+            return
+        if line.startswith(b"data: "):
+            chunk: dict[str, Any] = json.loads(line[6:])
+            if "error" in chunk:
+                raise DemoError(f"the stream failed: {chunk['error']['message']}")
+            yield chunk
+    raise DemoError("the stream ended without [DONE]")
+
+
+def show_documents(console: Console, script: Script) -> None:
+    """The shared documents, numbered."""
+    console.print(f"\n[bold]{len(script.documents)} documents[/bold], sent with every question")
+    for number, text in enumerate(script.documents, 1):
+        console.print(f"[dim]{number:3}[/dim]  {escape(text)}", soft_wrap=False)
+
+
+def show_answers(console: Console, questions: tuple[Question, ...], answers: list[Answer]) -> None:
+    """Question, answer, whether it is right, and what its prompt cost."""
+    table = Table(title="\nQuestions over the same documents", title_justify="left")
+    table.add_column("question")
+    table.add_column("answer")
+    table.add_column("right")
+    table.add_column("needs")
+    for name in ("first token", "prompt", "cached", "computed"):
+        table.add_column(name, justify="right")
+    for question, answer in zip(questions, answers, strict=True):
+        text = answer.text.strip()
+        table.add_row(
+            question.question,
+            escape(text),
+            "yes" if text == question.answer else f"no: {question.answer}",
+            question.why,
+            f"{answer.first_token_s * 1000:.1f} ms",
+            str(answer.prompt_tokens),
+            str(answer.cached_tokens),
+            str(answer.prompt_tokens - answer.cached_tokens),
+        )
+    console.print(table)
+
+
+def show_saving(console: Console, answers: list[Answer]) -> None:
+    """Cold against hit."""
+    cold, hits = answers[0], answers[1:]
+    hit_s = statistics.median(answer.first_token_s for answer in hits)
+    table = Table(title="\nWhat the prefix cache saves", title_justify="left")
+    table.add_column("")
+    table.add_column("time to first token", justify="right")
+    table.add_column("tokens computed", justify="right")
+    table.add_column("tokens cached", justify="right")
+    computed = [answer.prompt_tokens - answer.cached_tokens for answer in hits]
+    cached = [answer.cached_tokens for answer in hits]
+    table.add_row(
+        "cold", f"{cold.first_token_s * 1000:.1f} ms", str(cold.prompt_tokens - cold.cached_tokens),
+        str(cold.cached_tokens),
+    )  # fmt: skip
+    table.add_row(
+        f"prefix hit (median of {len(hits)})", f"{hit_s * 1000:.1f} ms", f"{statistics.median(computed):.0f}",
+        f"{statistics.median(cached):.0f}",
+    )  # fmt: skip
+    table.add_row("ratio", f"{cold.first_token_s / hit_s:.1f} x", "", "")
+    console.print(table)
+
+
+def verdict(console: Console, answers: list[Answer], status: int) -> int:
+    """0 when everything that was promised happened, else 1 with the reasons."""
+    faults: list[str] = []
+    if any(not answer.text.strip() for answer in answers):
+        faults.append("an answer is empty")
+    if any(2 * answer.cached_tokens < answer.prompt_tokens for answer in answers[1:]):
+        faults.append("a later question did not find the documents in the cache")
+    if status != 0:
+        faults.append(f"the server ended with status {status} after SIGTERM")
+    for fault in faults:
+        console.print(f"[bold]failed:[/bold] {fault}")
+    if not faults:
+        console.print("The server drained and stopped on SIGTERM with status 0.")
+    return EXIT_FAILED if faults else 0
