@@ -86,7 +86,7 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {"Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "rust/kvlite-py/src/lib.rs"}
     wanted |= {
-        "rust/kvlite-core/src/core.rs",
+        "rust/kvlite-core/src/plan.rs",
         "rust/kvlite-cpu/src/lib.rs",
         "python/kvlite/kernels/attention/kernel.py",
     }

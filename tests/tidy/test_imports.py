@@ -14,34 +14,42 @@ import pytest
 
 from tests.tidy.sources import ROOT, blank_rust, read, sources, without_rust_tests
 
-LEAVES = {"errors", "types", "config"}
+LEAVES = {"errors", "types", "config", "progress"}
 COMPUTE = LEAVES | {"_core", "ops"}
+REQUEST = LEAVES | {"chat_template", "tokenizer", "request"}
+ENGINE = REQUEST | {"engine"}
+SERVING = ENGINE | {"async_engine"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "config": {"errors"},
+    "progress": set(),
     "ops": LEAVES | {"_core", "kernels"},
     "layers": LEAVES | {"ops"},
     "models": LEAVES | {"ops", "layers"},
     "reuse": LEAVES | {"ops", "layers"},
-    "tokenizer": LEAVES | {"chat_template"},
-    "chat_template": LEAVES,
     "runner": COMPUTE | {"layers", "models", "reuse"},
-    "engine": COMPUTE | {"tokenizer", "chat_template", "runner", "models", "reuse"},
-    "async_engine": LEAVES | {"engine", "tokenizer", "chat_template"},
-    "fleet": LEAVES | {"engine", "async_engine", "tokenizer"},
-    "server": LEAVES | {"engine", "async_engine", "tokenizer", "chat_template", "fleet"},
-    "demo": LEAVES | {"engine", "async_engine", "server"},
-    "cli": LEAVES | {"engine", "async_engine", "server", "demo", "fleet", "bench"},
-    "__init__": LEAVES | {"engine", "async_engine"},
-    "__main__": {"cli"},
+    "chat_template": LEAVES,
+    "tokenizer": LEAVES | {"chat_template"},
+    "request": LEAVES,
+    "output": REQUEST | {"runner"},
+    "startup": COMPUTE | REQUEST | {"models", "runner"},
+    "engine": COMPUTE | REQUEST | {"output", "runner", "startup"},
+    "async_engine": ENGINE,
+    "fleet": SERVING,
+    "server": SERVING | {"fleet"},
+    "chat": SERVING,
+    "demo": SERVING | {"server"},
+    "cli": SERVING | {"server", "chat", "demo", "fleet", "bench"},
+    "__init__": SERVING,
+    "__main__": {"cli", *SERVING, "server"},
 }
 
 
 def unit_of(path: Path) -> str:
-    """Unit that a file under python/kvlite belongs to."""
-    name = path.relative_to("python/kvlite").parts[0]
+    """Unit of a file under python/kvlite; an entry point (`python -m ...`) is `__main__` wherever it lies."""
+    name = path.name if path.name == "__main__.py" else path.relative_to("python/kvlite").parts[0]
     return name.removesuffix(".py")
 
 
