@@ -1,9 +1,9 @@
 """`python -m bench core`: what a step of the Rust core costs, as Python pays it, and what its cache operations cost.
 
 Physics. A decode step touches a few cache lines of state per sequence and writes about 15 int32 values per sequence
-into the arena: 256 sequences are some 16 KB, which a core streams in under a microsecond; the rest is branches and cache
-misses. So a step should cost single microseconds at 32 sequences and stay under 0.1 us per sequence. A hit reads 8 bytes
-per token, asked and stored, and follows one link per block: some 0.4 ns per token from the level-2 cache.
+into the arena: 256 sequences are some 16 KB, which a core streams in under a microsecond; the rest is branches and
+cache misses. So a step should cost single microseconds at 32 sequences and stay under 0.1 us per sequence. A hit reads
+8 bytes per token, asked and stored, and follows one link per block: some 0.4 ns per token from the level-2 cache.
 
 How each figure is measured:
 - step_us_R: `Core.step` called from Python (PyO3, attach and detach included) with R sequences in decode, all different
