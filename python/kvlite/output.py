@@ -9,7 +9,7 @@ from __future__ import annotations
 from kvlite.request import ValidatedRequest
 from kvlite.runner.sampler import RawLogprobs
 from kvlite.tokenizer import Detokenizer, Tokenizer
-from kvlite.types import Delta, FinishReason, Logprob, TokenLogprobs, Usage
+from kvlite.types import CompletionOutput, Delta, FinishReason, Logprob, RequestOutput, TokenLogprobs, Usage
 
 
 class StopMatcher:
@@ -93,7 +93,7 @@ class ChoiceOutput:
         if not isinstance(self.stop_reason, str):
             self._text.append(self._stops.flush() + self._detokenizer.flush())
 
-    def delta(self, handle: int, *, usage: Usage | None = None, error: str | None = None) -> Delta:
+    def delta(self, handle: int) -> Delta:
         """Everything since the last delta."""
         text = "".join(self._text)
         ids, logprobs = tuple(self.token_ids[self._num_shown :]), tuple(self._logprobs)
@@ -102,7 +102,50 @@ class ChoiceOutput:
         self._num_shown = len(self.token_ids)
         reason = self.finish_reason
         stop_reason = self.stop_reason if reason is FinishReason.STOP else None
-        return Delta(handle, self.index, text, ids, logprobs, reason, stop_reason, error, usage)
+        return Delta(handle, self.index, text, ids, logprobs, reason, stop_reason)
+
+
+class Collector:
+    """Deltas of one request put together again."""
+
+    def __init__(self, request: ValidatedRequest) -> None:
+        self._request = request
+        self._parts: list[list[Delta]] = [[] for _ in range(request.params.n)]
+        self._usage: Usage | None = None
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    def push(self, delta: Delta) -> bool:
+        """Takes the next delta; True when it was the last."""
+        self._parts[delta.index].append(delta)
+        self._usage = delta.usage
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = delta.prompt_logprobs
+        return delta.usage is not None
+
+    def output(self) -> RequestOutput:
+        """The finished request."""
+        assert self._usage is not None, "the last delta was pushed"
+        return RequestOutput(
+            prompt_token_ids=tuple(self._request.prompt_ids.tolist()),
+            outputs=tuple(_completion(parts) for parts in self._parts),
+            usage=self._usage,
+            prompt=self._request.text,
+            prompt_logprobs=self._prompt_logprobs,
+        )
+
+
+def _completion(parts: list[Delta]) -> CompletionOutput:
+    last = parts[-1]
+    assert last.finish_reason is not None, "every choice ends"
+    return CompletionOutput(
+        index=last.index,
+        text="".join(part.text for part in parts),
+        token_ids=tuple(id for part in parts for id in part.token_ids),
+        finish_reason=last.finish_reason,
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        stop_reason=last.stop_reason,
+        error=last.error,
+    )
 
 
 def readable(raw: RawLogprobs, tokenizer: Tokenizer) -> TokenLogprobs:

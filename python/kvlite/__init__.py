@@ -1,0 +1,65 @@
+"""kvlite: a minimal LLM serving engine that treats KV cache as the product.
+
+The names that users import. Heavy modules load at the first use, so that `kvlite --help` and the errors stay instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvlite.config import EngineConfig
+from kvlite.errors import (
+    CapacityError,
+    ConfigError,
+    EngineClosedError,
+    EngineError,
+    InvalidRequestError,
+    KvliteError,
+    ModelLoadError,
+)
+from kvlite.types import (
+    CompletionOutput,
+    Delta,
+    EngineStats,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from kvlite.async_engine import AsyncEngine
+    from kvlite.engine import Engine
+
+__all__ = [
+    "AsyncEngine",
+    "CapacityError",
+    "CompletionOutput",
+    "ConfigError",
+    "Delta",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "EngineStats",
+    "FinishReason",
+    "InvalidRequestError",
+    "KvliteError",
+    "Logprob",
+    "ModelLoadError",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprobs",
+    "Usage",
+]
+
+_LAZY = {"Engine": "kvlite.engine", "AsyncEngine": "kvlite.async_engine"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvlite' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,222 @@
+"""From an EngineConfig to the parts of an engine: tokenizer, model, KV pool, core; with the budget and phase times.
+
+Owns the resolution of every "auto" and nothing that lives on. Errors name what is wrong and where. Called by Engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kvlite import _core
+from kvlite.config import Device, DType, EngineConfig
+from kvlite.errors import ConfigError, ModelLoadError
+from kvlite.models import Decoder, ModelConfig, load_config, load_model
+from kvlite.ops import Ops, select
+from kvlite.request import RequestLimits
+from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
+from kvlite.runner.model_runner import ModelRunner
+from kvlite.runner.plan import Arena, Layout
+from kvlite.runner.sampler import Sampler
+from kvlite.tokenizer import Tokenizer, load_generation_defaults
+
+SHIPPED_MODEL = Path(__file__).parent / "model"
+NUM_BLOCKS_MAX = (1 << 31) - 1
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Startup:
+    """What a start cost and what fits: the rows of the table that is printed."""
+
+    model: str
+    device: str
+    dtype: str
+    deterministic: bool
+    num_threads: int
+    max_model_len: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    num_blocks: int
+    block_size: int
+    phase_s: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds of each phase, in order."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the pool holds."""
+        return self.num_blocks * self.block_size
+
+    def concurrency(self, num_tokens: int) -> float:
+        """Requests of `num_tokens` tokens each that fit at once."""
+        return self.kv_tokens / num_tokens
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) in words."""
+        length = min(4096, self.max_model_len)
+        numbers = f"{self.dtype}, deterministic" if self.deterministic else self.dtype
+        return [
+            ("model", self.model),
+            ("device", f"{self.device}, {numbers}, {self.num_threads} threads"),
+            ("weights", _mebibytes(self.weights_bytes)),
+            ("KV cache", f"{_mebibytes(self.kv_cache_bytes)}: {self.num_blocks} blocks of {self.block_size} tokens"),
+            ("fits", f"{self.kv_tokens} tokens, {self.concurrency(length):.1f} requests of {length} tokens"),
+            ("start", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phase_s.items())),
+        ]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything an Engine is made of."""
+
+    tokenizer: Tokenizer
+    limits: RequestLimits
+    runner: ModelRunner
+    core: _core.Core
+    arenas: tuple[Arena, Arena]
+    startup: Startup
+
+
+def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
+    """Loads everything. Raises ConfigError or ModelLoadError; `progress` gets (bytes loaded, bytes in all)."""
+    phases: dict[str, float] = {}
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    directory = model_directory(config.model)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    ops = select(device)
+    with _phase(phases, "tokenizer"):
+        tokenizer = Tokenizer(directory)
+        defaults = load_generation_defaults(directory, tokenizer.eos_token_id)
+    model, _family = load_config(directory)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ModelLoadError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}")
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            "max_model_len", f"{max_model_len} is above the {model.max_position_embeddings} positions of the model"
+        )
+    with _phase(phases, "weights"):
+        decoder = load_model(
+            directory, device=device, dtype=dtype, max_model_len=max_model_len, ops=ops,
+            deterministic=config.deterministic, progress=progress,
+        )  # fmt: skip
+        decoder.reserve(config.max_num_batched_tokens)
+    with _phase(phases, "KV cache"):
+        pool = _pool(config, model, decoder, max_model_len)
+    limits = RequestLimits(config, model.vocab_size, max_model_len, pool.num_blocks * config.block_size, defaults)
+    core, arenas = _core_and_arenas(config, model, limits, device)
+    startup = Startup(
+        model=str(directory),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        deterministic=config.deterministic,
+        num_threads=torch.get_num_threads(),
+        max_model_len=max_model_len,
+        weights_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        kv_cache_bytes=pool.data.nbytes,
+        num_blocks=pool.num_blocks,
+        block_size=config.block_size,
+        phase_s=phases,
+    )
+    runner = ModelRunner(decoder, pool, _sampler(config, model, device, ops))
+    return Parts(tokenizer, limits, runner, core, arenas, startup)
+
+
+def model_directory(model: str | None) -> Path:
+    """The directory of the weights; the shipped model when none is named. Raises ModelLoadError."""
+    directory = SHIPPED_MODEL if model is None else Path(model)
+    if not directory.is_dir():
+        raise ModelLoadError(f"{model}: no such directory; a model directory in Hugging Face layout is needed")
+    return directory
+
+
+@contextmanager
+def _phase(phases: dict[str, float], name: str) -> Generator[None]:
+    start = time.perf_counter()
+    yield
+    phases[name] = time.perf_counter() - start
+
+
+def _device(wanted: Device) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if wanted is Device.CUDA and not has_cuda:
+        raise ConfigError("device", "cuda is not available on this machine: use cpu or auto")
+    return torch.device("cuda" if wanted is not Device.CPU and has_cuda else "cpu")
+
+
+def _dtype(wanted: DType, device: torch.device) -> torch.dtype:
+    if wanted is not DType.AUTO:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted.value]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    abilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
+
+
+def _pool(config: EngineConfig, model: ModelConfig, decoder: Decoder, max_model_len: int) -> KVPool:
+    shape = KVShape(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, decoder.dtype)
+    budget = cache_budget_bytes(config.kv_cache_bytes, decoder.device)
+    num_blocks = min(budget // shape.bytes_per_block, NUM_BLOCKS_MAX // config.block_size)
+    if num_blocks < 1:
+        raise ConfigError(
+            "kv_cache_bytes",
+            f"{budget} bytes hold no block: one of {config.block_size} tokens needs {shape.bytes_per_block}",
+        )
+    return KVPool(
+        shape,
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        device=decoder.device,
+    )
+
+
+def _sampler(config: EngineConfig, model: ModelConfig, device: torch.device, ops: Ops) -> Sampler:
+    return Sampler(
+        num_rows=config.max_num_seqs,
+        vocab_size=model.vocab_size,
+        max_logprobs=config.max_logprobs,
+        device=device,
+        ops=ops,
+    )
+
+
+def _core_and_arenas(
+    config: EngineConfig, model: ModelConfig, limits: RequestLimits, device: torch.device
+) -> tuple[_core.Core, tuple[Arena, Arena]]:
+    core = _core.Core(
+        **config.core_values() | {"max_model_len": limits.max_model_len, "policy": config.policy.value},
+        num_blocks=limits.pool_tokens // config.block_size,
+        vocab_size=model.vocab_size,
+        attention_cost_tokens=attention_cost_tokens(model),
+        hash_seed=secrets.randbits(63),
+    )
+    layout = Layout.of(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        block_size=config.block_size,
+        max_num_waiting=config.max_num_waiting,
+    )
+    layout.check(core.layout)
+    return core, (Arena(layout, device), Arena(layout, device))
+
+
+def attention_cost_tokens(model: ModelConfig) -> int:
+    """Context length at which attention costs a token as many multiply-adds as its linear layers do."""
+    heads = model.num_heads * model.head_dim
+    linear = model.hidden_size * (2 * heads + 2 * model.num_kv_heads * model.head_dim + 3 * model.intermediate_size)
+    return max(linear // (2 * heads), 1)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
