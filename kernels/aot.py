@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas made of a case. `spill_bytes` is the stack frame per thread: these kernels have no other use for one."""
+    """What ptxas made of a case; `spill_bytes` is the stack frame per thread, used for nothing but spills here."""
 
     shared_bytes: int
     registers: int
@@ -153,7 +153,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvlite.kernels.aot", description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the committed table kernels/sm90.json")
     write = parser.parse_args().write
-    text = json.dumps(measure(), indent=1) + "\n"
+    table = measure()
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["kernels"].items())
+    head = f'"triton": {json.dumps(table["triton"])},\n "target": {json.dumps(table["target"])}'
+    text = f'{{\n {head},\n "kernels": {{\n{rows}\n }}\n}}\n'
     if write:
         TABLE.write_text(text)
     else:

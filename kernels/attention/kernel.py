@@ -28,10 +28,7 @@ def _attend_block(
     key = first + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     # Slots outside [start_key, end_key) may never have been written: not loading them keeps NaNs out of 0 * v.
-    if MASKED:
-        live = (key >= start_key) & (key < end_key)
-    else:
-        live = key >= 0
+    live = (key >= start_key) & (key < end_key) if MASKED else key >= 0
     load_mask = live[:, None] & (dim < HEAD_DIM)[None, :]
     block = tl.load(table_ptr + key // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
     slot = (key % BLOCK_SIZE).to(tl.int64)
@@ -261,7 +258,7 @@ def attention(
 ) -> None:
     """As `reference.attention`. One launch pair for one-row sequences, one more when T > S; no host synchronisation.
 
-    The last dimension of q, caches, out and lse is contiguous. Needs up to S * MAX_SPLITS * H * (D + 1) floats of scratch.
+    The last dimension of every tensor is contiguous. Scratch: min(T, S) * max_splits * H * (D + 1) floats.
     """
     assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == out.stride(-1) == lse.stride(-1) == 1
     num_rows, num_heads, head_dim = q.shape

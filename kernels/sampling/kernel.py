@@ -72,7 +72,7 @@ def _search(
     """
     column = tl.arange(0, PIVOTS)
     base = tl.full((), 0, tl.uint32)
-    for step in range(0, 8):
+    for step in range(8):
         shift = 28 - 4 * step
         pivot = base + (column << shift).to(tl.uint32)
         weight = tl.zeros((BLOCK, PIVOTS), dtype=tl.float32)
@@ -85,9 +85,8 @@ def _search(
                 value = (ids < vocab).to(tl.float32)
             weight += tl.where(_ordered(x)[:, None] >= pivot[None, :], value[:, None], 0.0)
         reached = tl.sum(weight, 0)
-        if MASS:
-            if step == 0:
-                goal = goal * tl.max(reached, 0)
+        if MASS and step == 0:
+            goal = goal * tl.max(reached, 0)
         digit = tl.max(tl.where(reached >= goal, column, 0), 0)
         base += (digit << shift).to(tl.uint32)
     bits = (base ^ 0x80000000).to(tl.int32, bitcast=True)

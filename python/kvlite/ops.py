@@ -7,7 +7,7 @@ imported when its backend is selected and never before. Called by `layers` and `
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -99,8 +99,8 @@ _DTYPE_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def _array(x: Tensor) -> npt.NDArray[Any]:
     """A numpy view of the same memory; 16-bit floats as uint16, because numpy has no bfloat16."""
     if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
-        return cast("npt.NDArray[Any]", x.view(torch.int16).numpy()).view(np.uint16)
-    return cast("npt.NDArray[Any]", x.numpy())
+        return x.view(torch.int16).numpy().view(np.uint16)
+    return x.numpy()
 
 
 def _cpu() -> Ops:
