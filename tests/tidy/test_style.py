@@ -72,6 +72,7 @@ BAD: list[tuple[Checker, Path, str]] = [
     (checks.too_long_functions, KERNEL, "def f():\n" + BODY * 119),
     (checks.too_long_functions, RS, "fn f<'a>(x: &'a str) {\n" + "    g(\"}\", '}');\n" * 68 + "}\n"),
     (checks.missing_header, PY, "import os\n"),
+    (checks.missing_header, PY.parent / "__init__.py", "import os\n"),
     (checks.missing_header, PY, '"""Too short."""\n'),
     (checks.missing_header, RS, "use std::mem;\n//! Late: the first line is code.\n"),
     (checks.unfinished, PY, "# TO" + "DO: later\n"),
@@ -99,6 +100,7 @@ def test_a_checker_catches(checker: Checker, path: Path, text: str) -> None:
 
 
 GOOD: list[tuple[Checker, Path, str]] = [
+    (checks.missing_header, PY.parent / "__init__.py", ""),
     (checks.too_long_file, PY, "x = 1\n" * 399),
     (checks.too_long_functions, PY, "def f():\n" + BODY * 68),
     (checks.too_long_functions, KERNEL, "def f():\n" + BODY * 118),
