@@ -43,7 +43,7 @@ impl Core {
     fn audit_sequence(&self, slot: u32) {
         let seq = self.seq(slot);
         let block_size = self.config.block_size;
-        let room = seq.blocks.len() as u32 * block_size;
+        let room = (seq.blocks.len() + usize::from(seq.tail_source.is_some())) as u32 * block_size;
         assert!(seq.committed_len <= seq.scheduled_len, "slot {slot}: committed before scheduled");
         assert!(seq.scheduled_len <= seq.total_len(), "slot {slot}: planned past its known and sampled tokens");
         assert!(seq.total_len() <= seq.end_len, "slot {slot}: past its declared end");
