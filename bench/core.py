@@ -68,21 +68,21 @@ class Loop:
             "block_size": BLOCK_SIZE,
             "max_num_waiting": max(shape.max_num_seqs, 16),
         }
-        self.core = _core.Core(
-            **limits,
-            num_blocks=shape.num_blocks,
-            vocab_size=VOCAB_SIZE,
-            enable_prefix_caching=True,
-            policy="fcfs",
-            attention_cost_tokens=4096,
-            reserve_tokens=0,
-            watermark_ratio=1.0,
-            hash_seed=1,
-        )
+        config = limits | {
+            "num_blocks": shape.num_blocks,
+            "vocab_size": VOCAB_SIZE,
+            "enable_prefix_caching": True,
+            "policy": "fcfs",
+            "attention_cost_tokens": 4096,
+            "reserve_tokens": 0,
+            "watermark_ratio": 1.0,
+            "hash_seed": 1,
+        }
         layout = Layout.of(**limits)
-        layout.check(self.core.layout)
+        layout.check(_core.Core.layout(**config))
         self._arenas = (Arena(layout, torch.device("cpu")), Arena(layout, torch.device("cpu")))
         self._idx = 0
+        self.core = _core.Core(arenas=(self._arenas[0].data, self._arenas[1].data), **config)
 
     def add(self, prompt: Sequence[int], max_tokens: int) -> int:
         """Queues a prompt; returns its handle."""
@@ -94,9 +94,8 @@ class Loop:
     def step(self) -> tuple[int, Plan]:
         """One step of the core: its nanoseconds and its plan, which the fake model completes at once."""
         self._idx = 1 - self._idx
-        first, second = self._arenas[0].data, self._arenas[1].data
         start = time.perf_counter_ns()
-        self.core.step(first, second, self._idx, 0)
+        self.core.step(self._idx, 0)
         elapsed = time.perf_counter_ns() - start
         plan = self._arenas[self._idx].read()
         if plan.num_tokens:

@@ -58,7 +58,8 @@ def test_the_repository_keeps(checker: Checker, files: Callable[[], list[Path]])
 
 
 def test_the_ratchet_holds_only_what_is_still_needed() -> None:
-    found = [finding for checker, files in RULES for path in files() for finding in checker(path, read(path))]
+    rules = RULES if RATCHET else []
+    found = [finding for checker, files in rules for path in files() for finding in checker(path, read(path))]
     assert [known for known in RATCHET if not any(finding.startswith(known) for finding in found)] == []
 
 
