@@ -63,13 +63,15 @@ def key_mass(
     """As `reference.key_mass`."""
     if q.shape[:2] != lse.shape:
         raise ValueError(f"q has rows and heads {tuple(q.shape[:2])}, lse {tuple(lse.shape)}: they must be equal")
-    if not 0 <= start < end:
-        raise ValueError(f"key range [{start}, {end}) must be non-empty and start at 0 or later")
+    if not 0 <= start <= end:
+        raise ValueError(f"key range [{start}, {end}) must start at 0 or later and not end before it starts")
     assert q.stride(-1) == k_cache.stride(-1) == lse.stride(-1) == 1
     _, num_heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
     config = key_mass_config(q.dtype, num_heads // kv_heads)
     mass = torch.empty((kv_heads, end - start), dtype=torch.float32, device=q.device)
+    if start == end:
+        return mass.sum(dim=0)
     key_mass_kernel[(triton.cdiv(end - start, config["BLOCK_N"]), kv_heads)](
         q, lse, k_cache, block_table_row, rows, last_key, mass, rows.shape[0], start, end,
         q.stride(0), q.stride(1), lse.stride(0), *k_cache.stride()[:3], mass.stride(0), scale,

@@ -22,12 +22,12 @@ def key_mass(
     q [T, H, D] · lse [T, H] fp32 · k_cache [B, block_size, KH, D] · block_table_row [NB] int32 · rows [R] int32, rows
     of q · last_key [T] int32. Returns [end - start] fp32. p = exp(q.k * scale - lse) for keys n <= last_key[row], else
     0; a row whose lse is -inf saw nothing and gives nothing. Cost R*H*(end-start)*D. Raises ValueError when q and lse
-    disagree or the range is empty or negative.
+    disagree or the range is negative.
     """
     if q.shape[:2] != lse.shape:
         raise ValueError(f"q has rows and heads {tuple(q.shape[:2])}, lse {tuple(lse.shape)}: they must be equal")
-    if not 0 <= start < end:
-        raise ValueError(f"key range [{start}, {end}) must be non-empty and start at 0 or later")
+    if not 0 <= start <= end:
+        raise ValueError(f"key range [{start}, {end}) must start at 0 or later and not end before it starts")
     block_size = k_cache.shape[1]
     groups = q.shape[1] // k_cache.shape[2]
     key = torch.arange(start, end, device=q.device)

@@ -5,6 +5,7 @@ imported when its backend is selected and never before. Called by `layers` and `
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -53,7 +54,8 @@ def select(device: torch.device, backend: Backend | None = None) -> Ops:
     if backend == "reference":
         return _reference()
     if backend == "triton":
-        if device.type != "cuda":
+        # Triton's interpreter runs the kernels on CPU tensors.
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"backend 'triton' needs a CUDA device, not {device}: use 'cpu' or 'reference'")
         return _triton()
     if backend == "cpu":
@@ -154,6 +156,8 @@ def _cpu() -> Ops:
         end: int,
         scale: float,
     ) -> Tensor:
+        if not 0 <= start <= end:
+            raise ValueError(f"key range [{start}, {end}) must start at 0 or later and not end before it starts")
         mass = torch.empty(end - start, dtype=torch.float32)
         rust_key_mass(
             _array(q),
