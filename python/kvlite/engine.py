@@ -73,7 +73,8 @@ class Engine:
         self._num_waiting = 0
         self._num_idle_steps = 0
         self._num_added = 0
-        self._num_added = 0
+        self._failed = False
+        """Whether the plan that was computed last failed."""
         self._dead: str | None = None
         self._closed = False
 
@@ -152,7 +153,13 @@ class Engine:
 
         Requests added while a plan is at hand join the next one. Raises EngineError when the core is broken.
         """
-        deltas, self._unread = self._unread, []
+        deltas = self._unread + self._advance()
+        self._unread.clear()
+        return deltas
+
+    def _advance(self) -> list[Delta]:
+        """One step; returns the deltas that neither `stream` nor `generate` reads."""
+        deltas: list[Delta] = []
         if self._plan is None:
             deltas += self.make_plan()
         if self._plan is not None:
@@ -192,7 +199,7 @@ class Engine:
         self._check_open()
         self._arena_idx = 1 - self._arena_idx
         try:
-            self._core.step(self._arenas[0].data, self._arenas[1].data, self._arena_idx, _now_ms())
+            self._core.step(self._arena_idx, _now_ms())
             if self._failed:
                 self._core.audit()
                 self._failed = False
@@ -210,7 +217,7 @@ class Engine:
     # -- whole requests ---------------------------------------------------------------------------------------------
 
     @overload
-    def generate(
+    def generate(  # pyright: ignore[reportOverlappingOverload]  a str is a Sequence[str] too
         self, prompts: str | Sequence[int], params: SamplingParams | None = None, *, progress: bool | None = None
     ) -> RequestOutput: ...
 
@@ -268,7 +275,7 @@ class Engine:
                     yield delta
                     if delta.usage is not None:
                         return
-                self._unread += self.step()
+                self._unread.extend(self._advance())
         finally:
             self._forget(handle)
 
@@ -284,7 +291,7 @@ class Engine:
                         started[handle] = collectors[at]
                         self._boxes[handle] = box
                         at += 1
-                    self._unread += self.step()
+                    self._unread.extend(self._advance())
                     while box:
                         delta = box.popleft()
                         num_done += started[delta.handle].push(delta)

@@ -1,8 +1,8 @@
 """`InFlight`: every request between `add` and its last delta, and who holds which row.
 
 Owns what the stream's owner must keep: ids, text, stop strings, log-probabilities. Turns what a plan reports
-(committed, finished, admitted) into deltas; a choice ends once, nothing follows its end. Knows neither device nor clock nor core;
-stop strings that it finds are handed back for the core to hear of. Called by engine.py.
+(committed, finished, admitted) into deltas; a choice ends once, nothing follows its end. Knows neither device
+nor clock nor core; stop strings that it finds are handed back for the core to hear of. Called by engine.py.
 """
 
 from __future__ import annotations

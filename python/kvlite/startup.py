@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -193,13 +194,14 @@ def _sampler(config: EngineConfig, model: ModelConfig, device: torch.device, ops
 def _core_and_arenas(
     config: EngineConfig, model: ModelConfig, limits: RequestLimits, device: torch.device
 ) -> tuple[_core.Core, tuple[Arena, Arena]]:
-    core = _core.Core(
-        **config.core_values() | {"max_model_len": limits.max_model_len, "policy": config.policy.value},
-        num_blocks=limits.pool_tokens // config.block_size,
-        vocab_size=model.vocab_size,
-        attention_cost_tokens=attention_cost_tokens(model),
-        hash_seed=secrets.randbits(63),
-    )
+    values: dict[str, Any] = config.core_values() | {
+        "max_model_len": limits.max_model_len,
+        "policy": config.policy.value,
+        "num_blocks": limits.pool_tokens // config.block_size,
+        "vocab_size": model.vocab_size,
+        "attention_cost_tokens": attention_cost_tokens(model),
+        "hash_seed": secrets.randbits(63),
+    }
     layout = Layout.of(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
@@ -207,8 +209,9 @@ def _core_and_arenas(
         block_size=config.block_size,
         max_num_waiting=config.max_num_waiting,
     )
-    layout.check(core.layout)
-    return core, (Arena(layout, device), Arena(layout, device))
+    layout.check(_core.Core.layout(**values))
+    arenas = (Arena(layout, device), Arena(layout, device))
+    return _core.Core(arenas=(arenas[0].data, arenas[1].data), **values), arenas
 
 
 def attention_cost_tokens(model: ModelConfig) -> int:

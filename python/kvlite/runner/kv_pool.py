@@ -7,6 +7,7 @@ goes where. Called by model_runner.py.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +44,13 @@ class KVPool:
     def __init__(self, shape: KVShape, *, num_blocks: int, max_num_seqs: int, max_model_len: int, device: torch.device):
         self.shape = shape
         self.num_blocks = num_blocks
-        # Zeroed lazily by the system: untouched blocks cost no memory, and no stray NaN meets a mask.
-        self.data = torch.zeros(
-            (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim),
-            dtype=shape.dtype,
-            device=device,
-        )
+        sizes = (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim)
+        if device.type == "cpu":
+            # Zeroed by the system at the first touch: blocks that nobody used yet cost no memory.
+            memory = mmap.mmap(-1, num_blocks * shape.bytes_per_block)
+            self.data = torch.frombuffer(memory, dtype=shape.dtype).view(sizes)
+        else:
+            self.data = torch.zeros(sizes, dtype=shape.dtype, device=device)
         blocks_per_seq = -(-max_model_len // shape.block_size)
         self.block_table = torch.zeros((max_num_seqs + 1, blocks_per_seq), dtype=torch.int32, device=device)
         self.layers = tuple((self.data[:, n, 0], self.data[:, n, 1]) for n in range(shape.num_layers))

@@ -101,6 +101,12 @@ class Layout:
             size += prod(shape)
         return cls(offsets, shapes, size)
 
+    def check(self, core: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
+        """Asserts that the core has the same regions, offsets and shapes: the two sides are built together."""
+        ours = {name: (offset, self.shapes[name]) for name, offset in self.offsets.items()}
+        differing = [name for name in {*ours, *core} if ours.get(name) != core.get(name)]
+        assert not differing and list(ours) == list(core), f"plan.py and plan.rs disagree on {sorted(differing)}"
+
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every region of an arena at its full capacity."""
         return {
