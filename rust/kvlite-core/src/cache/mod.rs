@@ -8,6 +8,7 @@
 mod blocks;
 mod evict;
 mod free_map;
+mod hash;
 mod radix;
 
 pub use blocks::{BlockCounts, BlockState};

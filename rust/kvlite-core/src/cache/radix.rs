@@ -11,6 +11,7 @@
 //! Roots have no sibling list: there is no array over tenants to hang it on (tenants are not bounded, blocks are), and a part
 //! of a first block is not worth a copy. Depth-0 blocks are found by hash alone.
 
+use super::hash::BlockHash;
 use super::{NONE, Provenance};
 use crate::ids::{Namespace, Token};
 
@@ -70,8 +71,7 @@ pub(super) struct Tree {
     links: Vec<Link>,
     /// First block of each chain; a power of two, at least one bucket per block.
     buckets: Vec<u32>,
-    /// Secret numbers of the hash. No decision depends on them.
-    keys: [u64; 2],
+    hash: BlockHash,
 }
 
 impl Tree {
@@ -81,7 +81,7 @@ impl Tree {
             tokens: vec![0; num_blocks * block_size],
             links: vec![UNLINKED; num_blocks],
             buckets: vec![NONE; num_blocks.next_power_of_two()],
-            keys: [fold(seed ^ 0x9e37_79b9_7f4a_7c15, 0xd6e8_feb8_6659_fd93), fold(!seed, 0xa076_1d64_78bd_642f) | 1],
+            hash: BlockHash::new(seed),
         }
     }
 
@@ -175,7 +175,7 @@ impl Tree {
 
     /// The block below `parent` with these tokens, by hash.
     pub(super) fn find(&self, parent: Parent, tokens: &[Token]) -> Option<u32> {
-        self.find_hashed(parent, tokens, self.hash(parent, tokens))
+        self.find_hashed(parent, tokens, self.hash.of(parent.0, tokens))
     }
 
     fn find_hashed(&self, parent: Parent, tokens: &[Token], hash: u32) -> Option<u32> {
@@ -198,7 +198,7 @@ impl Tree {
         block: u32,
         provenance: Provenance,
     ) -> Result<(), u32> {
-        let hash = self.hash(parent, tokens);
+        let hash = self.hash.of(parent.0, tokens);
         if let Some(existing) = self.find_hashed(parent, tokens, hash) {
             return Err(existing);
         }
@@ -298,27 +298,6 @@ impl Tree {
     fn bucket(&self, hash: u32) -> usize {
         hash as usize & (self.buckets.len() - 1)
     }
-
-    /// Folded multiplication over pairs of tokens, keyed by the seed.
-    fn hash(&self, parent: Parent, tokens: &[Token]) -> u32 {
-        let pair = |pair: &[Token]| u64::from(pair[0] as u32) << 32 | u64::from(pair[1] as u32);
-        let mut state = self.keys[0] ^ u64::from(parent.0);
-        let quads = tokens.chunks_exact(4);
-        let rest = quads.remainder();
-        for quad in quads {
-            state = fold(state ^ pair(&quad[..2]), self.keys[1] ^ pair(&quad[2..]));
-        }
-        for &token in rest {
-            state = fold(state ^ u64::from(token as u32), self.keys[1]);
-        }
-        (state ^ state >> 32) as u32
-    }
-}
-
-/// Both halves of the 128-bit product, xored.
-fn fold(a: u64, b: u64) -> u64 {
-    let product = u128::from(a) * u128::from(b);
-    product as u64 ^ (product >> 64) as u64
 }
 
 #[cfg(test)]
@@ -380,19 +359,5 @@ mod tests {
         linked(&mut tree, &[(0, [1, 1]), (1, [2, 2])]);
         tree.links[1].provenance = Some(Provenance::Segment);
         tree.walk(root(), &[1, 1, 2, 3], 2, |_| ());
-    }
-
-    #[test]
-    fn the_hash_depends_on_the_seed_the_parent_and_every_token() {
-        let tree = Tree::new(1, 6, 1);
-        let tokens = [1, 2, 3, 4, 5, 6];
-        let hash = tree.hash(Parent::root(root()), &tokens);
-        for at in 0..tokens.len() {
-            let mut other = tokens;
-            other[at] += 1;
-            assert_ne!(tree.hash(Parent::root(root()), &other), hash, "token {at} does not matter");
-        }
-        assert_ne!(tree.hash(Parent::block(0), &tokens), hash);
-        assert_ne!(Tree::new(1, 6, 2).hash(Parent::root(root()), &tokens), hash);
     }
 }

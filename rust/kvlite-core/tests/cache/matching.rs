@@ -57,6 +57,7 @@ fn the_partial_hit_is_the_child_that_shares_most_and_the_newest_of_equals() {
     assert_eq!(partial(&[1, 2, 3, 6]), Some(PartialHit { block: children[2], len: 3 }));
     assert_eq!(partial(&[1, 2, 0]), Some(PartialHit { block: children[1], len: 3 }));
     assert_eq!(partial(&[1]), Some(PartialHit { block: children[2], len: 1 }));
+    assert_eq!(partial(&[1, 2, 9]), Some(PartialHit { block: children[2], len: 2 }));
     assert_eq!(partial(&[2, 2, 3, 4]), None);
     assert_eq!(partial(&[]), None);
 }
