@@ -11,7 +11,6 @@ import http.client
 import json
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -183,54 +182,41 @@ def show_documents(console: Console, script: Script) -> None:
     """The shared documents, numbered."""
     console.print(f"\n[bold]{len(script.documents)} documents[/bold], sent with every question")
     for number, text in enumerate(script.documents, 1):
-        console.print(f"[dim]{number:3}[/dim]  {escape(text)}", soft_wrap=False)
+        console.print(f"[dim]{number:3}[/dim]  {escape(text)}")
 
 
 def show_answers(console: Console, questions: tuple[Question, ...], answers: list[Answer]) -> None:
-    """Question, answer, whether it is right, and what its prompt cost."""
-    table = Table(title="\nQuestions over the same documents", title_justify="left")
-    table.add_column("question")
-    table.add_column("answer")
-    table.add_column("right")
-    table.add_column("needs")
-    for name in ("first token", "prompt", "cached", "computed"):
-        table.add_column(name, justify="right")
-    for question, answer in zip(questions, answers, strict=True):
+    """Questions and answers, whether each is right, and what its prompt cost."""
+    console.print("\n[bold]Questions over the same documents[/bold]")
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
         text = answer.text.strip()
-        table.add_row(
-            question.question,
-            escape(text),
-            "yes" if text == question.answer else f"no: {question.answer}",
-            question.why,
-            f"{answer.first_token_s * 1000:.1f} ms",
-            str(answer.prompt_tokens),
-            str(answer.cached_tokens),
-            str(answer.prompt_tokens - answer.cached_tokens),
-        )
-    console.print(table)
+        mark = "[green]right[/green]" if text == question.answer else f"[red]wrong, it is {question.answer}[/red]"
+        console.print(f"[dim]{number:3}[/dim]  {question.question}  [bold]{escape(text)}[/bold]  {mark}")
+        console.print(f"     [dim]{question.why}[/dim]")
 
 
 def show_saving(console: Console, answers: list[Answer]) -> None:
-    """Cold against hit."""
-    cold, hits = answers[0], answers[1:]
-    hit_s = statistics.median(answer.first_token_s for answer in hits)
+    """Each question's time to first token and where its prompt came from; cold against hit."""
     table = Table(title="\nWhat the prefix cache saves", title_justify="left")
-    table.add_column("")
-    table.add_column("time to first token", justify="right")
-    table.add_column("tokens computed", justify="right")
-    table.add_column("tokens cached", justify="right")
-    computed = [answer.prompt_tokens - answer.cached_tokens for answer in hits]
-    cached = [answer.cached_tokens for answer in hits]
-    table.add_row(
-        "cold", f"{cold.first_token_s * 1000:.1f} ms", str(cold.prompt_tokens - cold.cached_tokens),
-        str(cold.cached_tokens),
-    )  # fmt: skip
-    table.add_row(
-        f"prefix hit (median of {len(hits)})", f"{hit_s * 1000:.1f} ms", f"{statistics.median(computed):.0f}",
-        f"{statistics.median(cached):.0f}",
-    )  # fmt: skip
-    table.add_row("ratio", f"{cold.first_token_s / hit_s:.1f} x", "", "")
+    table.add_column("question")
+    for name in ("first token", "prompt tokens", "cached", "computed"):
+        table.add_column(name, justify="right")
+    for number, answer in enumerate(answers, 1):
+        table.add_row(*_row(f"{number} (cold)" if number == 1 else f"{number} (prefix hit)", answer))
+    table.add_section()
+    cold, hits = answers[0], sorted(answers[1:], key=lambda answer: answer.first_token_s)
+    middle = hits[len(hits) // 2]
+    table.add_row(*_row("cold", cold))
+    table.add_row(*_row(f"prefix hit, median of {len(hits)}", middle))
+    table.add_row("cold / hit", f"{cold.first_token_s / middle.first_token_s:.1f} x", "", "", "")
     console.print(table)
+    console.print(f"{sum(answer.cached_tokens for answer in answers)} prompt tokens came from the cache in all.")
+
+
+def _row(name: str, answer: Answer) -> tuple[str, ...]:
+    computed = answer.prompt_tokens - answer.cached_tokens
+    numbers = (answer.prompt_tokens, answer.cached_tokens, computed)
+    return (name, f"{answer.first_token_s * 1000:.1f} ms", *map(str, numbers))
 
 
 def verdict(console: Console, answers: list[Answer], status: int) -> int:

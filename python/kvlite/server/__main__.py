@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import socket
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ KEEP_ALIVE_S = 15
 HEADER_BYTES = 16 * 1024
 MAX_CONNECTIONS = 4096
 """Sockets beyond this get a 503 at once; above the engine's own queue, which answers with a reason."""
+LAST_WORDS_S = 5
+"""Time after the drain in which cancelled answers reach their clients."""
 LISTEN_BACKLOG = 2048
 EXIT_ABORTED = 1
 SHIPPED_MODEL_NAME = "kvlite-small"
@@ -86,12 +89,12 @@ class DrainingServer(uvicorn.Server):
         """Close the door; answers that are under way go on, at most drain_s, then end as cancelled."""
         ending = asyncio.create_task(self._end_engine())
         await super().shutdown(sockets)
-        if self.force_exit:
-            ending.cancel()
-        await asyncio.gather(ending, return_exceptions=True)
+        if not self.force_exit:
+            await ending
 
     async def _end_engine(self) -> None:
         await self._engine.drain(self._drain_s)
+        await asyncio.to_thread(self._engine.close)
 
 
 def serve(config: EngineConfig) -> int:
@@ -129,6 +132,7 @@ async def _run(engine: Engine, config: EngineConfig, listener: socket.socket) ->
         http="h11",
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(config.drain_s) + LAST_WORDS_S,
         limit_concurrency=MAX_CONNECTIONS,
         backlog=LISTEN_BACKLOG,
         ws="none",
@@ -141,7 +145,7 @@ async def _run(engine: Engine, config: EngineConfig, listener: socket.socket) ->
     try:
         await server.serve(sockets=[listener])
     finally:
-        await asynchronous.close()
+        await asyncio.to_thread(asynchronous.close)
     return EXIT_ABORTED if server.force_exit else 0
 
 

@@ -1,0 +1,112 @@
+"""`kvlite chat`: a conversation in the terminal, on an Engine in this process.
+
+Owns the conversation and its commands; knows the engine by its public face. Ctrl-C ends an answer between two tokens,
+never inside a step. Called by cli.py.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from types import FrameType
+from typing import cast
+
+from kvlite.config import EngineConfig
+from kvlite.engine import Engine
+from kvlite.errors import InvalidRequestError
+from kvlite.types import Delta
+
+HELP = """\
+/doc TEXT   add a document that later questions are about
+/reset      forget the conversation and its documents
+/help       this list
+/quit       end (so does Ctrl-D); Ctrl-C stops an answer"""
+
+Write = Callable[[str], object]
+
+
+def chat(config: EngineConfig) -> None:
+    """Read lines and answer them until /quit or the end of input."""
+    with Engine(config) as engine:
+        write = _to_terminal
+        write(f"{engine.startup.model}\n{HELP}\n")
+        conversation = Conversation(engine, write)
+        while True:
+            try:
+                line = input("\n> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                write("\n")
+                return
+            if not conversation.say(line):
+                return
+
+
+class Conversation:
+    """Messages so far, and what one more line does to them."""
+
+    def __init__(self, engine: Engine, write: Write) -> None:
+        self._engine = engine
+        self._write = write
+        self.messages: list[dict[str, str]] = []
+
+    def say(self, line: str) -> bool:
+        """Carry out a command or answer a question; False when the conversation is over."""
+        command, _, rest = line.partition(" ")
+        match command:
+            case "":
+                return True
+            case "/quit" | "/exit":
+                return False
+            case "/reset":
+                self.messages.clear()
+            case "/help":
+                self._write(HELP + "\n")
+            case "/doc":
+                self.messages.append({"role": "document", "content": rest.strip()})
+            case _ if command.startswith("/"):
+                self._write(f"unknown command {command}\n{HELP}\n")
+            case _:
+                self._answer(line)
+        return True
+
+    def _answer(self, question: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": question}]
+        parts: list[str] = []
+        try:
+            stream = self._engine.stream(self._engine.tokenizer.apply_chat_template(asked))
+        except InvalidRequestError as error:
+            self._write(f"{error}\n/reset starts over\n")
+            return
+        # The engine gives a generator; closing it is how an answer is stopped.
+        deltas = cast("Generator[Delta]", stream)
+        with closing(deltas), _interruptible() as interrupted:
+            for delta in deltas:
+                parts.append(delta.text)
+                self._write(delta.text)
+                if interrupted():
+                    self._write(" [stopped]")
+                    break
+        self._write("\n")
+        self.messages = [*asked, {"role": "assistant", "content": "".join(parts).strip()}]
+
+
+@contextmanager
+def _interruptible() -> Generator[Callable[[], bool]]:
+    """Ctrl-C sets a flag instead of raising in the middle of a step; gives the way to read it."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _to_terminal(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

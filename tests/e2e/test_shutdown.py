@@ -1,0 +1,73 @@
+"""Signals: the first one drains, the second one aborts, and the process always ends."""
+
+import http.client
+import json
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvlite.demo import HOST
+
+from .conftest import DEADLINE_S, Server
+
+LONG = {"prompt": " Rain fell on the", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def make(*arguments: str) -> Server:
+        servers.append(Server("--kv-cache-bytes", "32MiB", *arguments))
+        servers[-1].wait_until_ready()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+def events(response: http.client.HTTPResponse) -> list[Any]:
+    data = [line.strip().removeprefix(b"data: ") for line in response if line.startswith(b"data: ")]
+    return ["DONE" if item == b"[DONE]" else json.loads(item) for item in data]
+
+
+def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_one(start):
+    server = start()
+    response = server.open("POST", "/v1/completions", LONG)
+    response.readline()
+    server.process.send_signal(signal.SIGTERM)
+    *chunks, done = events(response)
+    assert done == "DONE"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(DEADLINE_S) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, server.port))
+
+
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(start):
+    server = start("--drain-s", "0")
+    response = server.open("POST", "/v1/completions", LONG | {"max_tokens": 2000})
+    response.readline()
+    server.process.send_signal(signal.SIGTERM)
+    *_, error, done = events(response)
+    assert done == "DONE"
+    assert error["error"]["code"] == "shutting_down"
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_a_second_ctrl_c_aborts(start):
+    server = start("--drain-s", "3600")
+    response = server.open("POST", "/v1/completions", LONG | {"max_tokens": 2000})
+    response.readline()
+    server.process.send_signal(signal.SIGINT)
+    with pytest.raises(OSError):
+        # The door is closed when the first signal has been seen; only then is the second one a second one.
+        while True:
+            socket.create_connection((HOST, server.port), timeout=DEADLINE_S).close()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(DEADLINE_S) == 1
+    assert "Traceback" not in server.process.stderr.read()
