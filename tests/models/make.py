@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in Hugging Face layout, made by transformers on the fly: what the tests load instead of downloads.
+"""Tiny random checkpoints in Hugging Face layout, made by transformers on the fly; tests load these, not downloads.
 
 `make(name, folder)` writes one and returns the transformers model (fp32, eval). Importable by any test.
 """

@@ -1,21 +1,19 @@
 """Matrix products with weights, and the one rule that makes them independent of the batch.
 
 Libraries choose a GEMM kernel by the number of rows, so the bits of a row depend on how many rows are beside it. In
-deterministic mode every product is therefore called with exactly ROW_TILE rows, and longer inputs are looped over.
-Within one such call a row's bits must depend neither on its place nor on its neighbours; `check_row_invariance` tries
-that on the machine at hand when a model is loaded. Called by `models.decoder`.
+deterministic mode every product with one weight is therefore called with one fixed number of rows, and longer inputs
+are looped over. Within such a call a row's bits must depend neither on its place nor on its neighbours; that is tried
+on the machine at hand, shape by shape, when a model is loaded (`choose_row_tile`). Called by `models.decoder`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kvlite.errors import ModelLoadError
-
 ROW_TILE = 16
-"""Rows of every product in deterministic mode. Small, because a decode step of one row pays for all of them; 16 rows of
-any width also keep every tile on a 32-byte boundary. 8, 16, 32 and 64 were tried over 12 shapes on AVX2 with MKL (fp32)
-and oneDNN (bf16, fp16), 1 to 3 threads: a row kept its bits at every place in all of them."""
+"""Rows of a product in deterministic mode. Small, because a decode step of one row pays for all of them. Tried with 8,
+16, 32 and 64 rows, 1 to 4 threads, AVX2: MKL (fp32) keeps a row's bits at every place for every shape whose sides are
+multiples of 8, and for nearly all others; the bf16 and fp16 products of torch 2.15 kept them in every try."""
 
 
 def padded_rows(num_rows: int, deterministic: bool) -> int:
@@ -24,23 +22,36 @@ def padded_rows(num_rows: int, deterministic: bool) -> int:
 
 
 class Linear:
-    """out = x W^T + b, with x [T, K], W [N, K], b [N] or none, out [T, N], all of one dtype on one device."""
+    """out = x W^T + b, with x [T, K], W [N, K], b [N] or none, out [T, N], all of one dtype on one device.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool = False) -> None:
+    `row_tile` 0: one call for all rows. Otherwise: calls of exactly that many rows (see `choose_row_tile`).
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, row_tile: int = 0) -> None:
         self.weight = weight
         self.bias = bias
-        self.deterministic = deterministic
+        self.row_tile = row_tile
         self._columns = weight.t()
+        if row_tile == 1:
+            self._x = torch.empty(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+            self._out = torch.empty(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes `out`. In deterministic mode T must be a multiple of ROW_TILE (see `padded_rows`)."""
-        if not self.deterministic:
+        """Writes `out`. With a row tile, T must be a multiple of ROW_TILE (see `padded_rows`)."""
+        tile = self.row_tile
+        if not tile:
             self._multiply(x, out)
             return
         num_rows = x.shape[0]
         assert num_rows % ROW_TILE == 0, "rows are padded by the caller"
-        for start in range(0, num_rows, ROW_TILE):
-            self._multiply(x[start : start + ROW_TILE], out[start : start + ROW_TILE])
+        for start in range(0, num_rows, tile):
+            if tile == 1:
+                # One row always lies at the same address: libraries also choose kernels by alignment.
+                self._x.copy_(x[start : start + 1])
+                self._multiply(self._x, self._out)
+                out[start : start + 1].copy_(self._out)
+            else:
+                self._multiply(x[start : start + tile], out[start : start + tile])
 
     def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         if self.bias is None:
@@ -50,27 +61,23 @@ class Linear:
 
 
 @torch.inference_mode()
-def check_row_invariance(linear: Linear, name: str) -> None:
-    """Raises ModelLoadError unless one row gives the same bits at every place of a tile, whatever is beside it.
+def choose_row_tile(weight: torch.Tensor, bias: torch.Tensor | None = None) -> int:
+    """ROW_TILE when a row keeps its bits at every place of such a tile whatever is beside it, else 1: row by row.
 
-    Costs ROW_TILE products of ROW_TILE rows; call it once per weight shape.
+    Holds for this weight shape, dtype, machine and thread count. Costs ROW_TILE products of ROW_TILE rows.
     """
-    weight = linear.weight
-    width = weight.shape[1]
     noise = torch.Generator().manual_seed(0)
-    tile = torch.randn(ROW_TILE, width, generator=noise)
-    row = torch.randn(width, generator=noise).to(weight)
+    others = torch.randn(ROW_TILE, weight.shape[1], generator=noise)
+    row = torch.randn(weight.shape[1], generator=noise).to(weight)
     out = torch.empty(ROW_TILE, weight.shape[0], dtype=weight.dtype, device=weight.device)
-    probe = Linear(weight, linear.bias, deterministic=True)
-    first: torch.Tensor | None = None
+    linear = Linear(weight, bias, row_tile=ROW_TILE)
+    first = torch.empty(0)
     for place in range(ROW_TILE):
-        x = (tile * (1 + place % 3)).to(weight)
+        x = (others * (1 + place % 3)).to(weight)
         x[place] = row
-        probe(x, out)
-        first = out[place].clone() if first is None else first
-        if not torch.equal(out[place], first):
-            raise ModelLoadError(
-                f"deterministic mode is not available here: the {weight.dtype} product of {name} "
-                f"{list(weight.shape)} on {weight.device} gives a row other bits at place {place} of {ROW_TILE}; "
-                "use another dtype or switch deterministic off"
-            )
+        linear(x, out)
+        if place == 0:
+            first = out[0].clone()
+        elif not torch.equal(out[place], first):
+            return 1
+    return ROW_TILE

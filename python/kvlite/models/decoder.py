@@ -17,7 +17,7 @@ import torch
 from kvlite.errors import ModelLoadError
 from kvlite.layers.attention import Attention
 from kvlite.layers.embedding import Embedding
-from kvlite.layers.linear import Linear, check_row_invariance, padded_rows
+from kvlite.layers.linear import Linear, choose_row_tile, padded_rows
 from kvlite.layers.norm import RmsNorm
 from kvlite.layers.rope import RotaryEmbedding
 from kvlite.models.config import Family, KeyMap, ModelConfig
@@ -187,14 +187,15 @@ class Decoder:
         self.max_model_len = max_model_len
         self.deterministic = deterministic
         self.fingerprint = ""
-        weight = params["embedding"]
+        weight = params["embedding.weight"]
         self.dtype, self.device = weight.dtype, weight.device
         self._silu_mul = ops.silu_mul
         self._embedding = Embedding(weight)
         self._rope = RotaryEmbedding(config.rope, max_model_len, weight.device, ops)
         self._norm = RmsNorm(params["norm"], config.rms_norm_eps, ops)
-        self._head = Linear(params.get("head", weight), deterministic=deterministic)
-        self._layers = [_build_layer(config, i, params, ops, deterministic) for i in range(config.num_layers)]
+        linear = _Linears(params, deterministic)
+        self._head = linear("head" if "head.weight" in params else "embedding")
+        self._layers = [_build_layer(config, i, params, linear, ops) for i in range(config.num_layers)]
         self._scratch = _Scratch(config, weight.dtype, weight.device, deterministic)
         self._kv_pool: torch.Tensor | None = None
         self._kv_views: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -257,34 +258,41 @@ class Decoder:
             self._kv_pool = kv_pool
         return self._kv_views
 
-    def check_deterministic(self) -> None:
-        """Raises ModelLoadError unless every weight shape's product is row invariant on this machine."""
-        layer = self._layers[0]
-        named = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down, "head": self._head}
-        for name, linear in named.items():
-            check_row_invariance(linear, name)
+
+class _Linears:
+    """Makes the stack's linear layers; tries each weight shape for its row tile once."""
+
+    def __init__(self, params: dict[str, torch.Tensor], deterministic: bool) -> None:
+        self._params = params
+        self._deterministic = deterministic
+        self._row_tiles: dict[tuple[torch.Size, bool], int] = {}
+
+    def __call__(self, name: str) -> Linear:
+        weight, bias = self._params[f"{name}.weight"], self._params.get(f"{name}.bias")
+        if not self._deterministic:
+            return Linear(weight, bias)
+        kind = (weight.shape, bias is None)
+        if kind not in self._row_tiles:
+            self._row_tiles[kind] = choose_row_tile(weight, bias)
+        return Linear(weight, bias, row_tile=self._row_tiles[kind])
 
 
 def _build_layer(
-    config: ModelConfig, index: int, params: dict[str, torch.Tensor], ops: Ops, deterministic: bool
+    config: ModelConfig, index: int, params: dict[str, torch.Tensor], linear: _Linears, ops: Ops
 ) -> _Layer:
-    def linear(name: str) -> Linear:
-        key = f"{index}.{name}"
-        return Linear(params[f"{key}.weight"], params.get(f"{key}.bias"), deterministic=deterministic)
-
     def norm(name: str) -> RmsNorm:
         return RmsNorm(params[f"{index}.{name}"], config.rms_norm_eps, ops)
 
     return _Layer(
         input_norm=norm("input_norm"),
-        qkv=linear("qkv"),
+        qkv=linear(f"{index}.qkv"),
         q_norm=norm("q_norm") if config.traits.qk_norm else None,
         k_norm=norm("k_norm") if config.traits.qk_norm else None,
         attention=Attention(config.head_dim**-0.5, config.window(index), ops),
-        output=linear("output"),
+        output=linear(f"{index}.output"),
         mlp_norm=norm("mlp_norm"),
-        gate_up=linear("gate_up"),
-        down=linear("down"),
+        gate_up=linear(f"{index}.gate_up"),
+        down=linear(f"{index}.down"),
     )
 
 
@@ -293,11 +301,11 @@ def parameters(config: ModelConfig, keys: KeyMap) -> list[Param]:
     c, traits = config, config.traits
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     params = [
-        Param("embedding", ((keys.embedding, (c.vocab_size, c.hidden_size)),)),
+        Param("embedding.weight", ((keys.embedding, (c.vocab_size, c.hidden_size)),)),
         Param("norm", ((keys.norm, (c.hidden_size,)),)),
     ]
     if not c.tie_word_embeddings:
-        params.append(Param("head", ((keys.head, (c.vocab_size, c.hidden_size)),)))
+        params.append(Param("head.weight", ((keys.head, (c.vocab_size, c.hidden_size)),)))
 
     def linear(name: str, prefix: str, rows: dict[str, int], width: int, bias: bool) -> None:
         params.append(Param(f"{name}.weight", tuple((f"{prefix}{k}.weight", (n, width)) for k, n in rows.items())))
@@ -346,8 +354,6 @@ def load_model(
     loaded = checkpoint.load(params, dtype=dtype, device=torch.device(device), progress=progress)
     decoder = Decoder(config, loaded, max_model_len=length, ops=ops, deterministic=deterministic)
     decoder.fingerprint = config.fingerprint(dtype=dtype, max_model_len=length, weights_digest=checkpoint.digest())
-    if deterministic:
-        decoder.check_deterministic()
     return decoder
 
 
