@@ -3,6 +3,7 @@
 //! Owns how they compute (`EXEC`: instruction set and threads). Elements are float32, or uint16 with `dtype` naming the
 //! 16-bit format. A call costs a few microseconds beyond its work. Called by `kvlite.ops`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kvlite_cpu::{Attention, BlockTable, Exec, Isa, KeyMass, KvCache, KvCacheCells, Rows, RowsMut, bf16, f16};
@@ -10,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::wrap_pyfunction;
 
 use crate::buffers::{Array, Exclusive, Stored};
-use crate::errors::{Fault, detached, from_cpu, invalid};
+use crate::errors::{Fault, from_cpu, invalid, panic_message};
 
 static EXEC: RwLock<Option<Arc<Exec>>> = RwLock::new(None);
 
@@ -37,7 +38,9 @@ macro_rules! with_dtype {
 
 /// Runs an op without the GIL and turns what can go wrong into exceptions.
 fn compute(py: Python<'_>, op: impl FnOnce() -> Result<(), kvlite_cpu::Error> + Send) -> PyResult<()> {
-    detached(py, op).map_err(Fault::new_err)?.map_err(|error| from_cpu(&error))
+    // Unwind safety: a panic leaves nothing behind but outputs half written.
+    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(op)));
+    outcome.map_err(|panic| Fault::new_err(panic_message(&*panic)))?.map_err(|error| from_cpu(&error))
 }
 
 fn cache_view<T: Stored + kvlite_cpu::Element>(array: &Array<T, 4>) -> Result<KvCache<'_, T>, kvlite_cpu::Error> {

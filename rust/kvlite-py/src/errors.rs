@@ -4,8 +4,9 @@
 //! translates them. A panic is our fault and becomes `Fault`, an ordinary exception, so that an engine thread that
 //! catches `Exception` sees it; pyo3's own `PanicException` would pass it by.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::any::Any;
 
+use kvlite_core::CoreError;
 use pyo3::exceptions::{PyException, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::{create_exception, intern};
@@ -55,13 +56,28 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
     invalid(param, error.to_string())
 }
 
-/// Runs `work` without the GIL; a panic comes back as its message.
-pub fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> Result<T, String> {
-    // Unwind safety: the callers drop or refuse whatever a panic left half done.
-    py.detach(|| catch_unwind(AssertUnwindSafe(work))).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        text.unwrap_or("a panic without a message").to_owned()
-    })
+/// A core's refusal, by blame.
+pub fn from_core(error: &CoreError) -> PyErr {
+    let param = match error {
+        CoreError::QueueFull { .. } => return CapacityError::new_err(error.to_string()),
+        CoreError::Config { field, .. } => field,
+        CoreError::Watermark { .. } => "watermark_ratio",
+        CoreError::EmptyPrompt | CoreError::OutsideVocabulary { .. } | CoreError::PromptTooLong { .. } => "prompt",
+        CoreError::TooLong { .. } | CoreError::NeverFits { .. } | CoreError::NoOutput => "max_tokens",
+        CoreError::Choices { .. } => "n",
+        CoreError::MinTokens { .. } => "min_tokens",
+        CoreError::StopIds { .. } => "stop_token_ids",
+        CoreError::Tenant { .. } => "tenant",
+        CoreError::ArenaLength { .. } => "arenas",
+        CoreError::ArenaIndex { .. } | CoreError::PlanOutstanding { .. } => "arena_idx",
+    };
+    invalid(param, error.to_string())
+}
+
+/// What a caught panic said.
+pub fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("a panic without a message").to_owned()
 }
 
 /// Adds the exception types.

@@ -4,6 +4,7 @@
 //! `unsafe`) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
 
 mod buffers;
+mod core;
 mod cpu;
 mod errors;
 
@@ -12,5 +13,6 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
+    module.add_class::<core::Core>()?;
     cpu::register(module)
 }

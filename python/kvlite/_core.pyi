@@ -1,0 +1,179 @@
+"""The compiled part: the core that decides, and the CPU twins of the kernels.
+
+Arrays are NumPy arrays, read and written in place. Nobody else writes an array while a call uses it. A name that starts
+with an underscore exists here only.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypedDict, Unpack, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Int32: TypeAlias = NDArray[np.int32]
+_Float32: TypeAlias = NDArray[np.float32]
+_Stored: TypeAlias = NDArray[Any]
+"""float32, or uint16 that holds the bits `dtype` names: "float32", "bfloat16" or "float16"."""
+
+class InvalidArgument(ValueError):
+    """The caller's argument cannot be served as given; nothing has changed."""
+
+    param: str
+    """Which argument."""
+
+class CapacityError(Exception):
+    """A limit is reached now and may not be later; nothing has changed."""
+
+class Fault(RuntimeError):
+    """An invariant of ours is broken; the message is the panic's. A core that raised it refuses every later call."""
+
+class _CoreConfig(TypedDict):
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_waiting: int
+    vocab_size: int
+    enable_prefix_caching: bool
+    policy: str
+    attention_cost_tokens: int
+    reserve_tokens: int
+    watermark_ratio: float
+    hash_seed: int
+
+class _CoreStats(TypedDict):
+    num_running: int
+    num_waiting: int
+    num_requests: int
+    free_blocks: int
+    cached_blocks: int
+    owned_blocks: int
+    in_transfer_blocks: int
+    steps_total: int
+    requests_total: int
+    preemptions_total: int
+    prompt_tokens_total: int
+    prefix_hit_tokens_total: int
+    prefill_tokens_total: int
+    generated_tokens_total: int
+    discarded_tokens_total: int
+    failed_plans_total: int
+    finished_total: tuple[int, int, int, int, int]
+
+@final
+class Core:
+    """Scheduler and KV cache of one engine. Any thread may call; calls run one at a time, long ones without the GIL.
+
+    Every method raises Fault once one of them has panicked.
+    """
+
+    def __new__(cls, *, arenas: tuple[_Int32, _Int32], **config: Unpack[_CoreConfig]) -> Core:
+        """`arenas`: two int32 arrays of `arena_len` each, kept for life. Raises InvalidArgument."""
+
+    @staticmethod
+    def layout(**config: Unpack[_CoreConfig]) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Offset and shape of every region of an arena, by name, in arena order. Raises InvalidArgument."""
+
+    @staticmethod
+    def arena_len(**config: Unpack[_CoreConfig]) -> int:
+        """Integers in one arena. Raises InvalidArgument."""
+
+    def add(
+        self,
+        prompt_ids: _Int32,
+        *,
+        n: int,
+        max_tokens: int,
+        min_tokens: int,
+        stop_token_ids: Sequence[int],
+        priority: int,
+        deadline_ms: int | None,
+        tenant: int,
+        use_cache: bool,
+        prompt_logprobs: bool,
+        now_ms: int,
+    ) -> int:
+        """Queues a request; returns its handle. Raises InvalidArgument or CapacityError; nothing has changed then.
+
+        `deadline_ms` and `now_ms` are on the clock of `step`. O(prompt).
+        """
+
+    def abort(self, handle: int) -> bool:
+        """Ends every choice of a request at the next step; False when it has ended already."""
+
+    def finish(self, handle: int, choice: int, kept_len: int, reason: int) -> bool:
+        """Ends one choice on behalf of its stream's owner, who keeps `kept_len` tokens; False when it has ended."""
+
+    def step(self, arena_idx: int, now_ms: int) -> None:
+        """Commits every completed plan, then writes the next one into arena `arena_idx`.
+
+        Raises InvalidArgument when the plan in that arena is still incomplete. O(running) without admissions.
+        """
+
+    def stats(self) -> _CoreStats:
+        """Counters and gauges; `finished_total` counts ends by reason code. O(1)."""
+
+    def audit(self) -> None:
+        """Checks every invariant, O(blocks); raises Fault with the first one broken."""
+
+    def clear_cache(self) -> None:
+        """Drops every cached block; running sequences keep theirs."""
+
+def cpu_attention(
+    q: _Stored,
+    k_cache: _Stored,
+    v_cache: _Stored,
+    block_table: _Int32,
+    query_start: _Int32,
+    context_len: _Int32,
+    seq_row: _Int32,
+    last_key: _Int32,
+    scale: float,
+    window: int,
+    out: _Stored,
+    lse: _Float32,
+    dtype: str = "float32",
+) -> None:
+    """Writes `out` [T, H, D] and `lse` [T, H] for the rows of every sequence; see kernels/attention.
+
+    q [T, H, D], rows strided · caches [B, block_size, KH, D], the last dimension contiguous · block_table [R, NB] ·
+    query_start [S+1] · context_len, seq_row [S] · last_key [T]. Raises InvalidArgument before anything is written.
+    """
+
+def cpu_store_kv(
+    k: _Stored,
+    v: _Stored,
+    k_cache: _Stored,
+    v_cache: _Stored,
+    slot_mapping: _Int32,
+    dtype: str = "float32",
+) -> None:
+    """Stores k, v [T, KH, D] (rows strided) in their slots; -1 is skipped. Raises InvalidArgument before it writes."""
+
+def cpu_key_mass(
+    q: _Stored,
+    lse: _Float32,
+    k_cache: _Stored,
+    block_table_row: _Int32,
+    rows: _Int32,
+    last_key: _Int32,
+    start: int,
+    end: int,
+    scale: float,
+    out: _Float32,
+    dtype: str = "float32",
+) -> None:
+    """Writes `out` [end - start]: attention that those keys receive from `rows`; see kernels/key_mass.
+
+    Raises InvalidArgument before anything is written.
+    """
+
+def cpu_num_threads() -> int:
+    """Threads that share one call, the caller's included; at first as many as the machine has."""
+
+def cpu_set_num_threads(num_threads: int) -> None:
+    """Sets the threads that share one call; results stay the same bit for bit. Raises InvalidArgument."""
+
+def cpu_isa() -> str:
+    """The instruction set in use: "portable", "avx2" or "avx512"."""
