@@ -29,8 +29,15 @@ impl Core {
         let state = self.request(self.seq(slot).request);
         let num_rows = if state.announced { 1 } else { state.num_choices as usize };
         let is_alone = self.running.is_empty();
-        let was_refused = self.refused == Some((slot, self.room_epoch)) && !is_alone;
-        if was_refused || self.free_rows.len() < num_rows || plan.room(Region::Admitted) < num_rows {
+        if self.refused == Some((slot, self.room_epoch)) && !is_alone {
+            return false;
+        }
+        if plan.room(Region::Admitted) < num_rows {
+            return false;
+        }
+        if self.free_rows.len() < num_rows {
+            self.refused = Some((slot, self.room_epoch));
+            self.keep_prefix_warm(slot);
             return false;
         }
         let mut partial = self.find_prefix(slot);
@@ -69,6 +76,15 @@ impl Core {
         }
         self.scratch_blocks = fresh;
         fits
+    }
+
+    /// Makes what the head of the queue will hit the last to be evicted; at most once per change of room.
+    fn keep_prefix_warm(&mut self, slot: u32) {
+        self.find_prefix(slot);
+        if let Some(&cursor) = self.scratch_hits.last() {
+            self.cache.pin(cursor);
+            self.cache.unpin(cursor);
+        }
     }
 
     /// Full hits go to `scratch_hits`; at least one token is left to compute.
