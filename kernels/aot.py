@@ -75,9 +75,9 @@ def _attention_cases() -> Iterator[Case]:
             for windowed in (False, True) if (name, head_dim, group) == ("bf16", 128, 4) else (False,):
                 label = f"d{head_dim}_g{group}_{name}" + ("_window" if windowed else "")
                 prefill = {**tiles, **attention.prefill_config(dtype, head_dim, group), "WINDOWED": windowed}
-                decode = {**tiles, **splits, **attention.decode_config(dtype, head_dim, group), "WINDOWED": windowed}
+                decode = {**tiles, **splits, **attention.decode_config(dtype, head_dim, group, windowed)}
                 yield Case(f"attention_prefill_{label}", attention.prefill_kernel, name, {**prefill, "BLOCK_SEQS": 256})
-                yield Case(f"attention_decode_{label}", attention.decode_kernel, name, decode)
+                yield Case(f"attention_decode_{label}", attention.decode_kernel, name, {**decode, "WINDOWED": windowed})
         for head_dim in (64, 128):
             shape = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "WINDOWED": False, "num_warps": 4}
             yield Case(f"attention_merge_d{head_dim}_{name}", attention.merge_kernel, name, {**shape, **splits})

@@ -231,15 +231,16 @@ def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, i
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
-def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, int]:
+def decode_config(dtype: torch.dtype, head_dim: int, group: int, windowed: bool) -> dict[str, int]:
     """Tile and launch sizes of `decode_kernel`; BLOCK_N divides SPLIT.
 
-    Five stages, because the block table's load takes two: fewer leave K and V single-buffered.
+    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. The window's mask needs
+    registers that only the smaller tile has to spare.
     """
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32 or head_dim > 128:
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5}
+    return {"BLOCK_M": block_m, "BLOCK_N": 32 if windowed else 64, "num_warps": 4, "num_stages": 5}
 
 
 def attention(
@@ -298,7 +299,7 @@ def attention(
     decode_kernel[(num_seqs, kv_heads, workers)](
         *inputs, part, part_lse, num_heads, q.stride(0), q.stride(1), block_table.stride(0),
         *cache_strides, scale * _LOG2_E, window,
-        **shape, **tiles, **splits, **decode_config(q.dtype, head_dim, group),
+        **shape, **tiles, **splits, **decode_config(q.dtype, head_dim, group, window > 0),
     )  # fmt: skip
     merge_kernel[(num_seqs, num_heads)](
         part, part_lse, query_start, context_len, last_key, out, lse,

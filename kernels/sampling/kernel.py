@@ -87,7 +87,8 @@ def _search(
         reached = tl.sum(weight, 0)
         if MASS and step == 0:
             goal = goal * tl.max(reached, 0)
-        digit = tl.max(tl.where(reached >= goal, column, 0), 0)
+        # A goal of 0 must still keep the most likely id.
+        digit = tl.max(tl.where((reached >= goal) & (reached > 0.0), column, 0), 0)
         base += (digit << shift).to(tl.uint32)
     bits = (base ^ 0x80000000).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

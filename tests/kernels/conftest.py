@@ -1,14 +1,15 @@
 """Which backends the kernel tests run on.
 
 Without TRITON_INTERPRET: the torch references and the Rust CPU kernels (and Triton where a GPU is present). With it:
-Triton alone, interpreted on the CPU; test_triton_interpreter.py starts that run, because the variable must be set before
-Triton is imported and other tests of the same process may have imported it.
+Triton alone, interpreted on the CPU; test_triton_interpreter.py starts that run, because the variable must be set
+before Triton is imported and other tests of the same process may have imported it.
 """
 
 import os
 
 import pytest
 import torch
+
 from kvlite.ops import Ops, select
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

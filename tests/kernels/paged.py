@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ def oracle(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     q = batch.q.double().numpy()
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     starts = batch.query_start.tolist()
-    for s, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for s, (first, end) in enumerate(pairwise(starts)):
         k, v = batch.keys[s].double().numpy(), batch.values[s].double().numpy()
         for m in range(first, end):
             seen = visible(int(batch.context_len[s]), int(batch.last_key[m]), shape.window)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+
 from kvlite.ops import Ops
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.paged import INTERPRETER_DTYPES, TOLERANCE, Batch, Shape, ints, make_batch, oracle

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from kvlite.ops import Ops
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.paged import INTERPRETER_DTYPES, Batch, Shape, ints, make_batch, oracle

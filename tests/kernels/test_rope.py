@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from kvlite.ops import Ops
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.paged import INTERPRETER_DTYPES, ints

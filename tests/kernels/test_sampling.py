@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from kvlite.kernels.sampling import reference
 from kvlite.ops import Ops
 from tests.kernels.conftest import INTERPRETED

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvlite.ops import Ops
 from tests.kernels.paged import ints, poison
 
