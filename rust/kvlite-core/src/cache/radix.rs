@@ -18,6 +18,9 @@ use crate::ids::{Namespace, Token};
 /// Siblings that a search for a partial hit looks at, newest first; bounds the cost of a match below a popular prefix.
 pub const MAX_PARTIAL_CANDIDATES: usize = 8;
 
+/// The block size whose compare is inlined.
+const USUAL_BLOCK_SIZE: usize = 16;
+
 /// What a block hangs below: a block, or the root of a namespace (high bit set).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Parent(u32);
@@ -119,7 +122,9 @@ impl Tree {
         let mut len = self.block_size;
         hit(self.exact(last));
         for block in blocks {
-            let Some(child) = self.child(last, block) else { break };
+            let next = last + 1;
+            let child = if self.is_child(next, last, block) { Some(next) } else { self.child(last, block) };
+            let Some(child) = child else { break };
             hit(self.exact(child));
             len += self.block_size;
             last = child;
@@ -127,16 +132,24 @@ impl Tree {
         self.partial(last, &tokens[len..])
     }
 
+    /// Whether `block`, which need not exist, is the child of `parent` with these tokens.
+    ///
+    /// Asked of the block behind the parent: it is the child wherever a run goes on, and no load depends on the one before, so
+    /// the processor compares several blocks at once instead of following one link after the other.
+    #[inline(always)]
+    fn is_child(&self, block: u32, parent: u32, tokens: &[Token]) -> bool {
+        let index = block as usize;
+        if self.links.get(index).is_none_or(|link| link.parent != Parent::block(parent)) {
+            return false;
+        }
+        let Ok(tokens) = <&[Token; USUAL_BLOCK_SIZE]>::try_from(tokens) else { return self.tokens(block) == tokens };
+        // Folded rather than compared: a few vector instructions, where `==` is a call that costs as much again.
+        let (blocks, _) = self.tokens.as_chunks::<USUAL_BLOCK_SIZE>();
+        blocks[index].iter().zip(tokens).fold(0, |difference, (have, want)| difference | (have ^ want)) == 0
+    }
+
     /// The child of `parent` with these tokens.
     fn child(&self, parent: u32, tokens: &[Token]) -> Option<u32> {
-        // A run goes on in the next block. Asking that block whether it is the child needs no load that depends on the last
-        // one, so the processor compares several blocks at once instead of following one link after the other.
-        let next = parent + 1;
-        if self.links.get(next as usize).is_some_and(|link| link.parent == Parent::block(parent))
-            && self.tokens(next) == tokens
-        {
-            return Some(next);
-        }
         let first = self.links[parent as usize].first_child;
         if first == NONE {
             return None;

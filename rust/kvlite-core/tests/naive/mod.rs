@@ -130,6 +130,8 @@ pub struct Regime {
     pub block_size: usize,
     pub vocab: u64,
     pub tenants: u64,
+    /// Whether some block is to get more children than a match looks at.
+    pub must_crowd: bool,
     pub keeps_released: bool,
 }
 
