@@ -118,19 +118,19 @@ def test_filtered_picks_equal_those_of_a_sort(ops: Ops, top_k: int, top_p: float
 
 
 def test_ties_at_the_threshold_are_all_kept(ops: Ops) -> None:
-    logits = torch.full((40, 600), -9.0)
+    logits = torch.full((16, 600), -9.0)
     logits[:, [3, 77, 500, 599]] = 1.0
     for filters in ({"top_k": 2}, {"top_p": 0.3}):
         assert set(run(ops, logits, **filters)) == {3, 77, 500, 599}
 
 
 def test_top_p_looks_past_the_first_few_hundred_ids_when_the_mass_is_spread(ops: Ops) -> None:
-    logits = torch.linspace(0.0, 1e-3, 5000).repeat(16, 1)
-    picks = run(ops, logits, top_p=0.5)
-    assert min(picks) >= 2495 and len(set(picks)) > 12
+    rows = 3 if INTERPRETED else 16
+    picks = run(ops, torch.linspace(0.0, 1e-3, 5000).repeat(rows, 1), top_p=0.5)
+    assert min(picks) >= 2495 and len(set(picks)) > rows // 2
 
 
-@pytest.mark.skipif(INTERPRETED, reason="20,000 rows; the picks themselves are compared with the reference above")
+@pytest.mark.skipif(INTERPRETED, reason="4,000 rows; the picks themselves are compared with the reference above")
 @pytest.mark.parametrize(
     ("temperature", "filters", "alive"),
     [(1.0, {}, 8), (0.6, {}, 8), (1.0, {"top_k": 4}, 4), (1.0, {"top_p": 0.8}, 4), (1.3, {"min_p": 0.3}, 4)],
@@ -160,11 +160,11 @@ def test_seed_position_and_nothing_else_decide_a_draw(ops: Ops) -> None:
 
 def test_a_row_gets_the_same_token_alone_and_among_others(ops: Ops) -> None:
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(5, 5000, generator=generator)
-    temperatures = [0.0, 0.8, 1.2, 0.0, 2.0]
-    together = run(ops, logits, temperatures, top_k=300, top_p=0.95, seeds=[11, 12, 13, 14, 15])
+    logits = torch.randn(3, 4100, generator=generator)
+    temperatures = [0.0, 0.8, 1.2]
+    together = run(ops, logits, temperatures, top_k=300, top_p=0.95, seeds=[11, 12, 13])
     alone = [
-        run(ops, logits[i : i + 1], temperatures[i], 300, 0.95, seeds=[11 + i], positions=[i])[0] for i in range(5)
+        run(ops, logits[i : i + 1], temperatures[i], 300, 0.95, seeds=[11 + i], positions=[i])[0] for i in range(3)
     ]
     assert together == alone
 
