@@ -8,7 +8,7 @@ cache misses. So a step should cost single microseconds at 32 sequences and stay
 How each figure is measured:
 - step_us_R: `Core.step` called from Python (PyO3, attach and detach included) with R sequences in decode, all different
   prompts, block boundaries spread evenly over the steps; median over all steps. The sampled ids are written into the
-  arena outside of the measured time. Caches are warm: behind a real forward pass, which sweeps them, a step misses more.
+  arena outside of the measured time. Caches are warm: behind a real forward pass, which sweeps them, it misses more.
 - admit_ns_per_token_P: from Python; the step that admits a request whose P tokens are all in the cache, divided by P:
   match, pin, and the block table's updates together.
 - match_*, insert_*, evict_*: by `cargo bench --bench radix` (criterion's median of the bare operation), because none of
