@@ -5,6 +5,7 @@ The names that users import. Heavy modules load at the first use, so that `kvlit
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ __all__ = [
     "TokenLogprobs",
     "Usage",
 ]
+
+# OpenMP's threads spin while they wait; beside other busy processes a decode step then takes 50 times as long. Read by
+# the runtime when torch is loaded, so it must be set here; whoever has set it knows better.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LAZY = {"Engine": "kvlite.engine", "AsyncEngine": "kvlite.async_engine"}
 

@@ -8,11 +8,12 @@ nor clock nor core; stop strings that it finds are handed back for the core to h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from kvlite.output import ChoiceOutput, readable
 from kvlite.request import ValidatedRequest
 from kvlite.runner.model_runner import RunResult
-from kvlite.runner.plan import Cause, Plan, SampleKind
+from kvlite.runner.plan import Cause, Plan, SampleKind, as_rows
 from kvlite.runner.sampler import RawLogprobs, RowSampling, Sampler, choice_seed
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import Delta, FinishReason, TokenLogprobs, Usage
@@ -50,7 +51,7 @@ class _Request:
         return Usage(len(self.request.prompt_ids), completion, self.cached_len)
 
 
-_Held = tuple[_Request, ChoiceOutput]
+_Held: TypeAlias = tuple[_Request, ChoiceOutput]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,9 @@ class InFlight:
         """Takes what the runner gave beside ids; before the core commits `plan`."""
         self._fault = result.fault
         self._logprobs = {}
+        sample = as_rows(plan.sample) if result.logprobs else []
         for n, raw in result.logprobs.items():
-            row, seq_row, kind = plan.sample[n].tolist()
+            row, seq_row, kind = sample[n]
             held = self._rows[seq_row]
             if kind == SampleKind.SAMPLE:
                 self._logprobs[seq_row] = raw
@@ -101,7 +103,7 @@ class InFlight:
         """What `plan` reports of those before it: committed, then finished, then who holds which row from now on."""
         touched: dict[tuple[int, int], _Held] = {}
         stopped: dict[tuple[int, int], Stopped] = {}
-        for seq_row, _position, token in plan.committed.tolist():
+        for seq_row, _position, token in as_rows(plan.committed):
             held = self._rows[seq_row]
             if held is None or held[1].finish_reason is not None:
                 continue  # ended by a stop string, which the core hears of a step late
@@ -110,13 +112,13 @@ class InFlight:
             touched[key] = held
             if choice.push(token, self._logprobs.get(seq_row)):
                 stopped[key] = Stopped(*key, len(choice.token_ids))
-        for handle, index, reason in plan.finished.tolist():
+        for handle, index, reason in as_rows(plan.finished):
             stopped.pop((handle, index), None)
             for request, choice in self._ending(handle, index):
                 choice.finish(REASONS[reason])
                 touched[handle, choice.index] = (request, choice)
         deltas = self._deltas(list(touched.values()))
-        for handle, index, seq_row, cause, cached_len in plan.admitted.tolist():
+        for handle, index, seq_row, cause, cached_len in as_rows(plan.admitted):
             self._admit((handle, index), seq_row, Cause(cause), cached_len)
         return deltas, list(stopped.values())
 

@@ -90,6 +90,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     phases: dict[str, float] = {}
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+        _core.cpu_set_num_threads(config.num_threads)
     directory = model_directory(config.model)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)

@@ -194,3 +194,8 @@ class Arena:
         """Says that plan `plan_id` is done; its sampled ids must be in place."""
         self._views["status"][0] = status
         self._views["done_plan_id"][0] = plan_id
+
+
+def as_rows(region: Int32) -> list[list[int]]:
+    """The rows of a region [N, C] as plain integers."""
+    return region.tolist()
