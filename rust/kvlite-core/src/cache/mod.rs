@@ -122,8 +122,8 @@ impl<E: EvictionPolicy> Cache<E> {
         Some(PartialHit { block: self.pool.name(block), len: len as u32 })
     }
 
-    /// Adds a user to a block in the tree, which protects the path above it. Amortised O(1): each step of the walk up ends
-    /// one `unpin` made; O(1) where the path is in use.
+    /// Adds a user to a block in the tree, which protects the path above it. Amortised O(1): each step of the walk up undoes
+    /// one that an `unpin` made; O(1) at once where the path is in use.
     pub fn pin(&mut self, block: BlockId) {
         let mut at = self.in_tree(block);
         while self.pool.add_ref(at) {
