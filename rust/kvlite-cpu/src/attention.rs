@@ -20,9 +20,9 @@ use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
 
 /// Rows of one task: they share the copy of a split.
 const TILE_ROWS: usize = 32;
-/// From this many rows on a tile copies each split to a contiguous f32 tile first: blocks of a pool lie a power of two
-/// apart and would evict each other from the caches between rows.
-const PACK_ROWS: usize = 4;
+/// With more (row, head) lines than this a tile copies each split to a contiguous f32 tile first: blocks of a pool lie a
+/// power of two apart and would evict each other from the caches between lines.
+const PACK_LINES: usize = 4;
 
 /// Arguments of `attention`. T rows, H query heads, KH KV heads, S sequences.
 #[derive(Clone, Copy, Debug)]
@@ -272,7 +272,7 @@ fn tile_body<E: Element, const FUSED: bool>(
     let mut split = tile.keys.start / SPLIT * SPLIT;
     while split < tile.keys.end {
         let range = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
-        let pack = tile.rows.len() >= PACK_ROWS;
+        let pack = lines > PACK_LINES;
         scratch.keys.load(&args.k_cache, table, range.clone(), kv_head, pack);
         scratch.values.load(&args.v_cache, table, range.clone(), kv_head, pack);
         for (i, row) in tile.rows.clone().enumerate() {

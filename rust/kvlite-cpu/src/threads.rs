@@ -5,8 +5,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Multiply-adds below which a call stays on the caller's thread (waking another one takes about as long).
-pub(crate) const SMALL_WORK: usize = 1 << 18;
+/// Multiply-adds below which a call stays on the caller's thread (some 40 us; waking another costs as much on a busy machine).
+pub(crate) const SMALL_WORK: usize = 1 << 19;
 
 /// A fixed number of threads, the caller's included.
 #[derive(Debug)]
