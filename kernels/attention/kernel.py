@@ -55,7 +55,7 @@ def _attend_block(
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, start_ptr, context_ptr, seq_row_ptr, last_ptr, out_ptr, lse_ptr, num_seqs,
     q_row_stride, q_head_stride, out_row_stride, out_head_stride, lse_row_stride, table_stride,

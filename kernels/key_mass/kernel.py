@@ -10,7 +10,7 @@ import triton.language as tl
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "start", "end"])
 def key_mass_kernel(
     q_ptr, lse_ptr, k_ptr, table_ptr, rows_ptr, last_ptr, mass_ptr, num_rows, start, end,
     q_row_stride, q_head_stride, lse_row_stride, k_block_stride, k_slot_stride, k_head_stride, mass_stride, scale,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, num_rows, num_heads, eps, x_row_stride, x_head_stride,
     residual_row_stride, out_row_stride, out_head_stride,

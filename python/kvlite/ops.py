@@ -105,17 +105,16 @@ def _array(x: Tensor) -> npt.NDArray[Any]:
     return x.numpy()
 
 
-def _cpu() -> Ops:
-    """Rust for the ops that walk the paged cache, torch for the rest."""
-    try:
-        core: Any = importlib.import_module("kvlite._core")
-        rust_attention, rust_key_mass, rust_store_kv = core.cpu_attention, core.cpu_key_mass, core.cpu_store_kv
-    except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"backend 'cpu' needs the compiled extension kvlite._core ({error}): run `make build`"
-        ) from error
+class _RustKernels:
+    """The Rust twins behind the signatures of `Ops`: torch tensors in, numpy views of the same memory down."""
+
+    def __init__(self, core: Any) -> None:
+        self._attention = core.cpu_attention
+        self._key_mass = core.cpu_key_mass
+        self._store_kv = core.cpu_store_kv
 
     def attention(
+        self,
         q: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
@@ -129,7 +128,8 @@ def _cpu() -> Ops:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        rust_attention(
+        """As `kernels/attention/reference.py`."""
+        self._attention(
             _array(q),
             _array(k_cache),
             _array(v_cache),
@@ -146,6 +146,7 @@ def _cpu() -> Ops:
         )
 
     def key_mass(
+        self,
         q: Tensor,
         lse: Tensor,
         k_cache: Tensor,
@@ -156,27 +157,31 @@ def _cpu() -> Ops:
         end: int,
         scale: float,
     ) -> Tensor:
+        """As `kernels/key_mass/reference.py`."""
         if not 0 <= start <= end:
             raise ValueError(f"key range [{start}, {end}) must start at 0 or later and not end before it starts")
         mass = torch.empty(end - start, dtype=torch.float32)
-        rust_key_mass(
-            _array(q),
-            lse.numpy(),
-            _array(k_cache),
-            block_table_row.numpy(),
-            rows.numpy(),
-            last_key.numpy(),
-            start,
-            end,
-            scale,
-            mass.numpy(),
-            _DTYPE_NAME[q.dtype],
+        table, row, last = block_table_row.numpy(), rows.numpy(), last_key.numpy()
+        dtype = _DTYPE_NAME[q.dtype]
+        self._key_mass(
+            _array(q), lse.numpy(), _array(k_cache), table, row, last, start, end, scale, mass.numpy(), dtype
         )
         return mass
 
-    def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-        rust_store_kv(
-            _array(k), _array(v), _array(k_cache), _array(v_cache), slot_mapping.numpy(), _DTYPE_NAME[k.dtype]
-        )
+    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        """As `kernels/store_kv/reference.py`."""
+        slots = slot_mapping.numpy()
+        self._store_kv(_array(k), _array(v), _array(k_cache), _array(v_cache), slots, _DTYPE_NAME[k.dtype])
 
-    return replace(_reference(), backend="cpu", attention=attention, key_mass=key_mass, store_kv=store_kv)
+
+def _cpu() -> Ops:
+    """Rust for the ops that walk the paged cache, torch for the rest."""
+    try:
+        rust = _RustKernels(importlib.import_module("kvlite._core"))
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"backend 'cpu' needs the compiled extension kvlite._core ({error}): run `make build`"
+        ) from error
+    return replace(
+        _reference(), backend="cpu", attention=rust.attention, key_mass=rust.key_mass, store_kv=rust.store_kv
+    )
