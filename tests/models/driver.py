@@ -39,6 +39,11 @@ class Driver:
 
     def run(self, chunks: list[tuple[Row, list[int]]]) -> list[torch.Tensor]:
         """Computes the next tokens of several sequences in one batch; returns each one's hidden states [n, W]."""
+        hidden = self.decoder.forward(self.batch(chunks), self.pool).clone()
+        return list(hidden.split([len(tokens) for _, tokens in chunks]))
+
+    def batch(self, chunks: list[tuple[Row, list[int]]]) -> ForwardBatch:
+        """The next tokens of several sequences, appended to them."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -56,7 +61,7 @@ class Driver:
         def int32(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=self.decoder.device)
 
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids=int32(ids),
             positions=int32(positions),
             last_key=int32(positions),
@@ -66,8 +71,6 @@ class Driver:
             seq_row=int32([row.index for row, _ in chunks]),
             block_table=self.block_table,
         )
-        hidden = self.decoder.forward(batch, self.pool).clone()
-        return list(hidden.split([len(tokens) for _, tokens in chunks]))
 
     def feed(self, row: Row, tokens: list[int], chunk: int | None = None) -> torch.Tensor:
         """All tokens of one sequence, `chunk` at a time; returns hidden states [n, W]."""

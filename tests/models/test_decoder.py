@@ -154,3 +154,16 @@ def test_a_max_model_len_of_zero_is_refused(tmp_path: Path) -> None:
     make("llama3", tmp_path)
     with pytest.raises(ModelLoadError, match="max_model_len is 0"):
         load(tmp_path, max_model_len=0)
+
+
+def test_reserved_buffers_keep_their_addresses(tmp_path: Path) -> None:
+    make("llama3", tmp_path)
+    decoder = load(tmp_path)
+    decoder.reserve(num_tokens=40, num_samples=3)
+    driver = Driver(decoder)
+    row = driver.row()
+    places = set[tuple[int, int]]()
+    for num_tokens in (40, 1, 19):
+        hidden = decoder.forward(driver.batch([(row, prompt(num_tokens))]), driver.pool)
+        places.add((hidden.data_ptr(), decoder.logits(hidden[:3]).data_ptr()))
+    assert len(places) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -43,12 +44,13 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     )
 
 
-def refuses(folder: Path, message: str, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
-    """Loading fails with this message, before any parameter is allocated."""
+def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> str:
+    """The error that loading ends with; with a monkeypatch, it must come before any parameter is allocated."""
     if monkeypatch is not None:
         monkeypatch.setattr(weights.Checkpoint, "load", lambda *_, **__: pytest.fail("allocated before it was checked"))
-    with pytest.raises(ModelLoadError, match=message):
+    with pytest.raises(ModelLoadError) as caught:
         load(folder)
+    return str(caught.value)
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -110,7 +112,7 @@ def test_a_truncated_file_is_refused_at_any_length(
     whole = (folder / "model.safetensors").read_bytes()
     for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:length])
-        refuses(folder, r"model\.safetensors: (truncated|.*too short)", monkeypatch)
+        assert re.search(r"model\.safetensors: (truncated|.*too short)", refusal(folder, monkeypatch))
 
 
 def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -139,7 +141,7 @@ def test_a_wrong_set_of_tensors_is_refused_before_anything_is_allocated(
 ) -> None:
     folder = copy(sound, tmp_path)
     save_file(change(load_file(sound / "model.safetensors")), folder / "model.safetensors")
-    refuses(folder, message, monkeypatch)
+    assert re.search(message, refusal(folder, monkeypatch))
 
 
 def test_stored_frequencies_and_the_copy_of_a_tied_head_are_passed_over(sound: Path, tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(
 ) -> None:
     folder = copy(sharded, tmp_path)
     edit_index(folder, change)
-    refuses(folder, rf"index\.json: .*{message}", monkeypatch)
+    assert re.search(rf"index\.json: .*{message}", refusal(folder, monkeypatch))
 
 
 def test_a_corrupt_shard_and_a_tensor_in_two_shards_are_named(sharded: Path, tmp_path: Path) -> None:
@@ -188,16 +190,16 @@ def test_a_corrupt_shard_and_a_tensor_in_two_shards_are_named(sharded: Path, tmp
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     whole = second.read_bytes()
     second.write_bytes(whole[:-1])
-    refuses(folder, f"{second.name}: truncated")
+    assert f"{second.name}: truncated" in refusal(folder)
     second.write_bytes(whole)
     save_file(load_file(second) | {next(iter(load_file(first))): torch.ones(1)}, second)
-    refuses(folder, "is also in")
+    assert "is also in" in refusal(folder)
 
 
 def test_a_folder_without_weights_is_refused(sound: Path, tmp_path: Path) -> None:
     folder = copy(sound, tmp_path)
     (folder / "model.safetensors").unlink()
-    refuses(folder, "has neither model.safetensors nor")
+    assert "has neither model.safetensors nor" in refusal(folder)
 
 
 def test_values_beyond_float16_are_an_error_and_not_an_infinity(sound: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kvlite.layers.rope import RopeConfig, RopeType
 MAX_CONFIG_BYTES = 4 << 20
 MAX_LAYERS = 4096
 MAX_DIM = 1 << 24
-MAX_CONTEXT = 1 << 30
+MAX_CONTEXT = 1 << 22
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

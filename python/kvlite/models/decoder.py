@@ -200,9 +200,10 @@ class Decoder:
         self._kv_pool: torch.Tensor | None = None
         self._kv_views: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def reserve(self, num_tokens: int) -> None:
-        """Allocates the buffers for batches of up to `num_tokens` rows, so that later calls allocate nothing."""
+    def reserve(self, num_tokens: int, num_samples: int) -> None:
+        """Makes buffers for `num_tokens` rows and `num_samples` rows of logits; up to that their addresses stay."""
         self._scratch.reserve(num_tokens)
+        self._scratch.logits(num_samples)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_pool: torch.Tensor) -> torch.Tensor:
