@@ -72,6 +72,12 @@ impl Status {
     }
 }
 
+/// The bit of `Sequence::stop_mask` that stands for `id`.
+#[inline]
+pub(crate) fn stop_bit(id: Token) -> u64 {
+    1 << (id as u32 % 64)
+}
+
 /// One choice of one request.
 #[derive(Debug)]
 pub(crate) struct Sequence {
@@ -90,6 +96,8 @@ pub(crate) struct Sequence {
     pub prompt_len: u32,
     /// Prompt plus max_tokens: no plan passes it.
     pub end_len: u32,
+    /// Bit `id % 64` of every stop id: an id whose bit is clear ends nothing, without a look at the request.
+    pub stop_mask: u64,
     /// Row of the device tables; meaningful while `status.holds_row()`.
     pub row: u32,
     /// Tokens named by plans so far; runs ahead of `committed_len` by at most the plans in flight.
@@ -143,6 +151,7 @@ impl Sequence {
             tokens,
             prompt_len: prompt.len() as u32,
             end_len,
+            stop_mask: 0,
             row: 0,
             scheduled_len: 0,
             committed_len: 0,
@@ -172,6 +181,7 @@ impl Sequence {
     pub fn forked_from(parent: &Sequence, choice: u32) -> Sequence {
         let prompt = &parent.tokens[..parent.prompt_len as usize];
         let mut fork = Sequence::new(parent.request, choice, parent.namespace, parent.rank, prompt, parent.end_len);
+        fork.stop_mask = parent.stop_mask;
         fork.status = Status::Forked;
         fork
     }

@@ -5,7 +5,7 @@
 use super::{Core, RequestState};
 use crate::error::CoreError;
 use crate::ids::{Namespace, TenantId, Token};
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, stop_bit};
 
 /// Stop token ids that one request may name.
 pub const MAX_STOP_TOKEN_IDS: usize = 64;
@@ -53,7 +53,9 @@ impl Core {
         });
         let end_len = request.prompt.len() as u32 + request.max_tokens;
         let namespace = Namespace::exact(TenantId(request.tenant));
-        let slot = self.place(Sequence::new(index, 0, namespace, rank, request.prompt, end_len));
+        let mut seq = Sequence::new(index, 0, namespace, rank, request.prompt, end_len);
+        seq.stop_mask = request.stop_token_ids.iter().fold(0, |mask, &id| mask | stop_bit(id));
+        let slot = self.place(seq);
         let mut choices = Vec::with_capacity(request.n as usize);
         choices.push(slot);
         self.requests[index as usize] = Some(RequestState {

@@ -6,7 +6,7 @@ use super::{Core, Hold, PlanEntry};
 use crate::cache::{Inserted, Provenance};
 use crate::ids::{BlockId, Token};
 use crate::plan::Region;
-use crate::sequence::{FinishReason, Status};
+use crate::sequence::{FinishReason, Status, stop_bit};
 
 impl Core {
     /// Commits the plan recorded for arena `idx`, whose inputs are in `arena`.
@@ -65,20 +65,26 @@ impl Core {
         self.out_committed.push([seq.row as i32, output_len as i32 - 1, token]);
         self.stats.generated_tokens_total += 1;
         let at_end = seq.tokens.len() as u32 >= seq.end_len;
-        let request = seq.request;
-        let state = self.requests[request as usize].as_ref().expect("a running sequence has its request");
-        if output_len >= state.min_tokens && state.stop_token_ids.contains(&token) {
+        let may_stop = seq.stop_mask & stop_bit(token) != 0;
+        if may_stop && self.is_stop(slot, token) {
             self.end(slot, FinishReason::Stop);
         } else if at_end {
             self.end(slot, FinishReason::Length);
         }
     }
 
+    fn is_stop(&self, slot: u32, token: Token) -> bool {
+        let seq = self.seq(slot);
+        let state = self.request(seq.request);
+        seq.output_len() >= state.min_tokens && state.stop_token_ids.contains(&token)
+    }
+
     /// Puts every full block whose KV is written into the tree. A block that is there already replaces ours.
     fn publish(&mut self, slot: u32) {
         let block_size = self.config.block_size as usize;
         let seq = &self.seqs[slot as usize];
-        if !self.config.enable_prefix_caching || seq.committed_len as usize / block_size == seq.tree_len as usize {
+        let is_short = (seq.committed_len as usize) < (seq.tree_len as usize + 1) * block_size;
+        if is_short || !self.config.enable_prefix_caching {
             return;
         }
         let full = seq.committed_len as usize / block_size;

@@ -89,7 +89,8 @@ impl Core {
         let block_size = self.config.block_size;
         let seq = &mut self.seqs[slot as usize];
         let (start, end) = (seq.scheduled_len, seq.scheduled_len + len);
-        let backlog = end.div_ceil(block_size).saturating_sub(seq.table_len);
+        let is_shown = end <= seq.table_len * block_size;
+        let backlog = if is_shown { 0 } else { end.div_ceil(block_size) - seq.table_len };
         // A long backlog leaves one entry per running sequence, so that decodes behind it go on.
         let kept = if backlog > 2 { self.config.max_num_seqs as usize } else { 0 };
         let sent = backlog.min(plan.room(Region::BlockUpdate).saturating_sub(kept) as u32);
@@ -109,10 +110,14 @@ impl Core {
             return false;
         }
         let first_row = plan.num_tokens();
+        let (mut index, mut offset) = (start / block_size, start % block_size);
         for position in start..end {
             let id = seq.tokens.get(position as usize).copied().unwrap_or(-1);
-            let block = seq.blocks[(position / block_size) as usize].index;
-            plan.token(id, position, block * block_size + position % block_size);
+            plan.token(id, position, seq.blocks[index as usize].index * block_size + offset);
+            offset += 1;
+            if offset == block_size {
+                (index, offset) = (index + 1, 0);
+            }
         }
         plan.sequence(seq.row, end);
         entry.len_after = end;
