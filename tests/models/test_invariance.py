@@ -133,6 +133,12 @@ def test_the_compiled_cpu_ops_keep_the_bits_too(tmp_path: Path) -> None:
         check_random_batches(decoder, texts, truth, seed)
 
 
+def test_the_shipped_model_keeps_its_bits(threads: int) -> None:
+    decoder = load(Path(ops.__file__).parent / "model", ops.select(CPU, "cpu"))
+    texts = [text[:24] for text in texts_of(decoder)[:3]]
+    check_random_batches(decoder, texts, Truth(decoder, texts), seed=threads)
+
+
 def test_a_neighbour_full_of_nan_changes_nothing(tmp_path: Path) -> None:
     make("llama3", tmp_path)
     decoder = load(tmp_path, rows_alone())
