@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,14 @@ class Server:
             return response.status, json.loads(response.read())
         finally:
             response.connection.close()  # type: ignore[attr-defined]
+
+    def post_raw(self, path: str, body: object) -> socket.socket:
+        """A request on a bare socket, sent whole, nothing read."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        connection = socket.create_connection((HOST, self.port), timeout=DEADLINE_S)
+        connection.sendall(head + data)
+        return connection
 
     def metrics(self) -> dict[str, float]:
         """Samples by name; those with labels beside the model's are {name}/{label value}."""
@@ -108,3 +117,18 @@ def short_messages() -> list[dict[str, str]]:
         {"role": "document", "content": script.documents[9]},
         {"role": "user", "content": "Where does Edgar live?"},
     ]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Makes servers of a test's own, ready, with a small pool."""
+    servers: list[Server] = []
+
+    def make(*arguments: str) -> Server:
+        servers.append(Server("--kv-cache-bytes", "32MiB", *arguments))
+        servers[-1].wait_until_ready()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()

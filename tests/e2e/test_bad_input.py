@@ -56,7 +56,10 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(
 
 
 def test_refusals_leave_a_running_stream_as_it_was(server: Server):
-    body = {"prompt": " Nora lives in", "max_tokens": 64, "ignore_eos": True, "return_token_ids": True}
+    body = {
+        "prompt": " Nora lives in", "max_tokens": 64, "temperature": 1.5, "seed": 5, "ignore_eos": True,
+        "return_token_ids": True,
+    }  # fmt: skip
     _, alone = server.call("POST", TEXT, body)
 
     response = server.open("POST", TEXT, body | {"stream": True})

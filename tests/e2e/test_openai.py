@@ -102,7 +102,13 @@ def test_completions_take_text_lists_and_ids(client: openai.OpenAI):
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI):
     def complete(**more: Any) -> Any:
         reply = client.completions.create(
-            model=MODEL, prompt=SENTENCE, max_tokens=24, extra_body={"ignore_eos": True}, **more
+            model=MODEL,
+            prompt=SENTENCE,
+            max_tokens=24,
+            temperature=1.5,
+            seed=1,
+            extra_body={"ignore_eos": True},
+            **more,
         )
         return reply.choices[0]
 

@@ -4,30 +4,15 @@ import http.client
 import json
 import signal
 import socket
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from kvlite.demo import HOST
 
-from .conftest import DEADLINE_S, Server
+from .conftest import DEADLINE_S
 
-LONG = {"prompt": " Rain fell on the", "max_tokens": 400, "ignore_eos": True, "stream": True}
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def make(*arguments: str) -> Server:
-        servers.append(Server("--kv-cache-bytes", "32MiB", *arguments))
-        servers[-1].wait_until_ready()
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.stop()
+LONG = {"prompt": " Rain fell on the", "max_tokens": 200, "ignore_eos": True, "stream": True}
 
 
 def events(response: http.client.HTTPResponse) -> list[Any]:
@@ -46,6 +31,16 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_one(start):
     assert server.process.wait(DEADLINE_S) == 0
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, server.port))
+    table = server.process.stderr.read()
+    for text in (
+        "kvlite-small",
+        "float32",
+        "MiB",
+        "tokens, ",
+        "requests of 2048 tokens",
+        f"http://{HOST}:{server.port}",
+    ):
+        assert text in table
 
 
 def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(start):

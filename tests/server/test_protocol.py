@@ -174,9 +174,12 @@ def test_developer_is_system_and_text_parts_are_joined():
     )
 
 
-def test_reuse_is_prefix_unless_switched_off():
-    assert chat().options.reuse is Reuse.PREFIX
-    assert chat(reuse="off").options.reuse is Reuse.OFF
+def test_reuse_is_what_the_server_does_or_a_refusal():
+    body = json.dumps({"prompt": "a", "reuse": "off"}).encode()
+    assert chat().options.reuse is chat(reuse="prefix").options.reuse is Reuse.PREFIX
+    assert parse_completion(body, limits(enable_prefix_caching=False)).options.reuse is Reuse.OFF
+    for later in ("off", "blend", "verify"):
+        assert "not supported yet: must be prefix" in refusal(chat, reuse=later).message
 
 
 def test_template_switches_are_kept():

@@ -24,13 +24,14 @@ from kvlite.config import EngineConfig
 from kvlite.engine import Engine
 from kvlite.errors import ConfigError
 from kvlite.server.app import create_app
+from kvlite.server.connection import Connection
 
 KEEP_ALIVE_S = 15
 HEADER_BYTES = 16 * 1024
 MAX_CONNECTIONS = 4096
 """Sockets beyond this get a 503 at once; above the engine's own queue, which answers with a reason."""
-LAST_WORDS_S = 5
-"""Time after the drain in which cancelled answers reach their clients."""
+LAST_WORDS_S = 2
+"""Time in which cancelled answers reach their clients."""
 LISTEN_BACKLOG = 2048
 EXIT_ABORTED = 1
 SHIPPED_MODEL_NAME = "kvlite-small"
@@ -89,8 +90,11 @@ class DrainingServer(uvicorn.Server):
         """Close the door; answers that are under way go on, at most drain_s, then end as cancelled."""
         ending = asyncio.create_task(self._end_engine())
         await super().shutdown(sockets)
-        if not self.force_exit:
-            await ending
+        if self.force_exit:
+            await asyncio.to_thread(self._engine.close)
+        await ending
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_S)
 
     async def _end_engine(self) -> None:
         await self._engine.drain(self._drain_s)
@@ -128,8 +132,7 @@ async def _run(engine: Engine, config: EngineConfig, listener: socket.socket) ->
     asynchronous = AsyncEngine(engine)
     settings = uvicorn.Config(
         create_app(asynchronous, config, model_name(engine)),
-        # h11 bounds the size of headers; the faster parser does not.
-        http="h11",
+        http=Connection,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(config.drain_s) + LAST_WORDS_S,

@@ -11,6 +11,7 @@ import hmac
 import re
 import uuid
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -54,7 +55,9 @@ class Gate:
             await send(message)
 
         if self._allows(scope, headers):
-            await self._app(scope, receive, send_with_id)
+            # A task is cancelled only when the server gives up waiting for it: an end, not a fault to log.
+            with suppress(asyncio.CancelledError):
+                await self._app(scope, receive, send_with_id)
         else:
             refusal = HttpError(
                 401, "invalid_api_key", "send the server's key as: Authorization: Bearer <key>",

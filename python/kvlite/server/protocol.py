@@ -48,7 +48,7 @@ class UnknownModelError(KvliteError):
 
 
 class Reuse(StrEnum):
-    """How much cached KV a request may take; both are exact."""
+    """Whether a request may take cached KV of its prefix; both are exact."""
 
     OFF = "off"
     PREFIX = "prefix"
@@ -150,7 +150,7 @@ def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
     options = Options(
         params=params,
         priority=fields.integer("priority", -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0,
-        reuse=_reuse(fields),
+        reuse=_reuse(fields, limits),
         stream=stream,
         include_usage=include_usage,
         return_token_ids=fields.flag("return_token_ids", False),
@@ -177,11 +177,13 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
     return include_usage
 
 
-def _reuse(fields: Fields) -> Reuse:
-    value = fields.raw("reuse")
-    if value in ("blend", "verify"):
-        raise InvalidRequestError("reuse", f"{shown(value)} is not supported yet: must be one of off, prefix")
-    return Reuse(fields.choice("reuse", tuple(Reuse)) or Reuse.PREFIX)
+def _reuse(fields: Fields, limits: Limits) -> Reuse:
+    """What the engine will do for this request; without its prefix cache every request is computed whole."""
+    given = fields.choice("reuse", ("off", "prefix", "blend", "verify")) or "prefix"
+    done = Reuse.PREFIX if limits.engine.config.enable_prefix_caching else Reuse.OFF
+    if given not in ("prefix", done):
+        raise InvalidRequestError("reuse", f"{shown(given)} is not supported yet: must be prefix")
+    return done
 
 
 def _refuse_later(fields: Fields) -> None:
