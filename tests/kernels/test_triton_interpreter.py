@@ -4,6 +4,7 @@ In a process of its own: the variable must be set before Triton is first importe
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,20 +17,11 @@ from tests.kernels.conftest import INTERPRETED
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_every_kernel_passes_its_tests_under_the_interpreter() -> None:
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", str(here), "-p", "no:cacheprovider", "--deselect", "test_aot.py"]
+    command = [sys.executable, "-m", "pytest", str(here), "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=here.parents[1], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert (
-        "[triton"
-        in subprocess.run(
-            [*command, "--collect-only"],
-            cwd=here.parents[1],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 60, done.stdout[-2000:]
