@@ -22,7 +22,7 @@ from kvlite.models import Decoder, ModelConfig, load_config, load_model
 from kvlite.ops import Ops, select
 from kvlite.request import RequestLimits
 from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
-from kvlite.runner.model_runner import ModelRunner
+from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
 from kvlite.runner.sampler import Sampler
 from kvlite.tokenizer import Tokenizer, load_generation_defaults
@@ -111,7 +111,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
             directory, device=device, dtype=dtype, max_model_len=max_model_len, ops=ops,
             deterministic=config.deterministic, progress=progress,
         )  # fmt: skip
-        decoder.reserve(config.max_num_batched_tokens)
+        decoder.reserve(config.max_num_batched_tokens, min(LOGITS_ROWS, config.max_num_seqs))
     with _phase(phases, "KV cache"):
         pool = _pool(config, model, decoder, max_model_len)
     limits = RequestLimits(config, model.vocab_size, max_model_len, pool.num_blocks * config.block_size, defaults)
