@@ -16,7 +16,8 @@ def table() -> str:
     """The table of settings, as README.md must show it."""
     lines = ["| flag | default | allowed | meaning |", "|---|---|---|---|"]
     for flag, _, *cells in docs_rows():
-        lines.append(" | ".join([f"| `{flag}`", *(cell.replace("|", "\\|") for cell in cells)]) + " |")
+        name = "MODEL" if flag == "--model" else flag  # the one setting that is an argument, not a flag
+        lines.append(" | ".join([f"| `{name}`", *(cell.replace("|", "\\|") for cell in cells)]) + " |")
     return "\n".join(lines)
 
 
