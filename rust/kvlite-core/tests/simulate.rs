@@ -2,7 +2,8 @@
 //! device and a virtual clock; then a liveness phase. `core.audit()` runs after every step, the reader checks every
 //! promise, and each answer is compared with an oracle that knows no engine.
 //!
-//! `KVLITE_SEED=n` replays one seed, `KVLITE_SEEDS=n` runs more of them; a failing seed is printed.
+//! `KVLITE_SEED=n` replays one seed, `KVLITE_SEEDS=n` runs more of them, `KVLITE_STEPS=n` makes the busy phase of each
+//! longer; a failing seed is printed.
 
 mod common;
 
@@ -16,6 +17,8 @@ use kvlite_core::plan::Header;
 use kvlite_core::{CoreConfig, FinishReason, PolicyKind};
 
 const DEFAULT_SEEDS: u64 = 4_000;
+/// The busy phase of a seed lasts a quarter of this to all of it.
+const DEFAULT_STEPS: u64 = 160;
 
 fn random_config(rng: &mut Rng) -> CoreConfig {
     let block_size = [1, 2, 4, 4, 5][rng.range(0, 4) as usize];
@@ -154,7 +157,8 @@ impl Simulation {
 
     /// Busy phase, then quiet: everything must end within what its work explains.
     fn run(&mut self) -> u64 {
-        for _ in 0..self.rng.range(40, 160) {
+        let steps = setting("KVLITE_STEPS").unwrap_or(DEFAULT_STEPS);
+        for _ in 0..self.rng.range(steps / 4, steps) {
             let burst = if self.rng.chance(6) { 10 } else { u64::from(self.rng.chance(35)) };
             for _ in 0..burst {
                 self.arrive();
@@ -186,11 +190,14 @@ impl Simulation {
     }
 }
 
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
 fn seeds() -> std::ops::Range<u64> {
-    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect("a number of seeds"));
-    match number("KVLITE_SEED") {
+    match setting("KVLITE_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("KVLITE_SEEDS").unwrap_or(DEFAULT_SEEDS),
+        None => 0..setting("KVLITE_SEEDS").unwrap_or(DEFAULT_SEEDS),
     }
 }
 
@@ -226,7 +233,7 @@ fn every_seed_keeps_every_promise_and_ends() {
                             }
                         }
                         Err(panic) => {
-                            eprintln!("replay: KVLITE_SEED={seed} cargo test -p kvlite-core --test simulate");
+                            eprintln!("replay: KVLITE_SEED={seed} cargo test -p kvlite-core --test simulate (same KVLITE_STEPS)");
                             resume_unwind(panic);
                         }
                     }

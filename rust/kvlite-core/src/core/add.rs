@@ -159,3 +159,45 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{CoreConfig, PolicyKind};
+
+    #[test]
+    fn handles_start_again_after_the_last_and_step_over_those_that_live() {
+        let config = CoreConfig {
+            num_blocks: 4,
+            block_size: 4,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 4,
+            max_model_len: 8,
+            max_num_waiting: 8,
+            vocab_size: 9,
+            enable_prefix_caching: true,
+            policy: PolicyKind::Fcfs,
+            attention_cost_tokens: 1,
+            reserve_tokens: 0,
+            watermark_ratio: 1.0,
+            hash_seed: 0,
+        };
+        let mut core = Core::new(config).unwrap();
+        let request = Request {
+            prompt: &[1],
+            n: 1,
+            max_tokens: 1,
+            min_tokens: 0,
+            stop_token_ids: &[],
+            priority: 0,
+            deadline_ms: None,
+            tenant: 0,
+            use_cache: true,
+            prompt_logprobs: false,
+        };
+        assert_eq!(core.add(&request, 0), Ok(0));
+        core.next_handle = i32::MAX;
+        assert_eq!([core.add(&request, 0), core.add(&request, 0)], [Ok(i32::MAX), Ok(1)]);
+        core.audit();
+    }
+}

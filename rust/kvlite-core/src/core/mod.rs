@@ -296,3 +296,13 @@ impl Core {
 fn plan_id(number: u64) -> i32 {
     if number == 0 { 0 } else { ((number - 1) % i32::MAX as u64) as i32 + 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::plan_id;
+
+    #[test]
+    fn plan_ids_stay_positive_after_the_last() {
+        assert_eq!([1, 2, i32::MAX as u64, i32::MAX as u64 + 1].map(plan_id), [1, 2, i32::MAX, 1]);
+    }
+}

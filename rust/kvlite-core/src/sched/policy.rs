@@ -43,3 +43,24 @@ pub fn policy(kind: PolicyKind) -> Box<dyn Policy> {
         PolicyKind::Fcfs => Box::new(Fcfs),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_passed_more_often_than_the_bound_says() {
+        for own in -3..=3 {
+            for other in -3..=3 {
+                for arrival in [0, 1, 1_023, 1_024, 1_025, 5_000_000_007] {
+                    let rank = Fcfs.rank(arrival, own);
+                    let later = arrival + 1..arrival + 8 * PRIORITY_STRIDE as u64;
+                    let passing = later.filter(|&later| Fcfs.rank(later, other) < rank).count() as u64;
+                    let bound = Fcfs.may_be_passed_by(own, other);
+                    assert!(passing <= bound, "{passing} of priority {other} pass {own}, the bound is {bound}");
+                    assert!(bound == 0 || passing > 0, "a lower value does go first");
+                }
+            }
+        }
+    }
+}
