@@ -89,8 +89,6 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._serve, name="kvlite-engine", daemon=True)
         self._thread.start()
 
-    # -- for any thread ---------------------------------------------------------------------------------------------
-
     @property
     def healthy(self) -> bool:
         """Whether the engine thread runs, is not broken, and no step hangs."""
@@ -104,8 +102,6 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
         return self._engine.stats()
-
-    # -- for tasks --------------------------------------------------------------------------------------------------
 
     def stream(
         self,
@@ -192,8 +188,6 @@ class AsyncEngine:
     def _wait_until_idle(self, timeout_s: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: not self._num_starting and not self._streams, timeout_s)
-
-    # -- the engine thread ------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         try:

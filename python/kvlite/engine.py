@@ -86,8 +86,6 @@ class Engine:
     ) -> None:
         self.close()
 
-    # -- requests in ------------------------------------------------------------------------------------------------
-
     def validate(
         self,
         prompt: Prompt,
@@ -145,8 +143,6 @@ class Engine:
         if self._closed or handle not in self._inflight:
             return False
         return self._core.abort(handle)
-
-    # -- the loop ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
         """One step: computes the plan at hand, commits it, makes the next; returns what came out.
@@ -213,8 +209,6 @@ class Engine:
         self._plan = plan if plan.num_tokens else None
         self._num_waiting = plan.num_waiting
         return deltas
-
-    # -- whole requests ---------------------------------------------------------------------------------------------
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  a str is a Sequence[str] too
@@ -312,8 +306,6 @@ class Engine:
         self._boxes.pop(handle, None)
         if self.abort(handle):
             self._unwanted.add(handle)
-
-    # -- the rest ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now."""
