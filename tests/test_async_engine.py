@@ -167,15 +167,11 @@ def test_closing_while_generating_ends_every_stream_as_cancelled() -> None:
                 rest = await collect(reader)
                 assert rest[-1].finish_reason is FinishReason.CANCELLED and rest[-1].usage is not None
                 assert rest[-1].usage.completion_tokens == len(tokens([delta, *rest]))
-            for call in (lambda: served.stream(ids(5)), lambda: None):
-                if call() is None:
-                    break
             assert not served.healthy
             with pytest.raises(EngineClosedError):
                 await collect(unread)
 
-    with pytest.raises(EngineClosedError):
-        run(main())
+    run(main())
 
 
 def test_after_close_every_call_says_so_and_closing_twice_is_fine() -> None:

@@ -1,0 +1,68 @@
+"""The KV pool: shapes, copies before updates, budget."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from kvlite.runner.kv_pool import CPU_CACHE_BYTES_LIMIT, KVPool, KVShape, available_memory_bytes, cache_budget_bytes
+from kvlite.runner.plan import Plan
+
+CPU = torch.device("cpu")
+
+
+def rows(*values: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    return np.array(values, np.int32).reshape(-1, 3)
+
+
+def plan(copies: Any = (), updates: Any = ()) -> Plan:
+    return cast("Plan", SimpleNamespace(block_copy=rows(*copies), block_update=rows(*updates)))
+
+
+def pool(dtype: torch.dtype = torch.float32) -> KVPool:
+    return KVPool(KVShape(2, 4, 3, 8, dtype), num_blocks=6, max_num_seqs=2, max_model_len=17, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_pool_is_block_major_and_zeroed(dtype: torch.dtype) -> None:
+    made = pool(dtype)
+    assert made.data.shape == (6, 2, 2, 4, 3, 8) and made.data.is_contiguous() and made.data.dtype == dtype
+    assert not made.data.any()
+    assert made.data[0].nbytes == made.shape.bytes_per_block == 2 * 2 * 4 * 3 * 8 * dtype.itemsize
+    assert made.block_table.shape == (3, 5)
+
+
+def test_a_plan_copies_whole_blocks_and_changes_table_entries() -> None:
+    made = pool()
+    made.data.copy_(torch.randn(made.data.shape))
+    before = made.data.clone()
+    made.apply(plan(copies=[(0, 1, 4), (0, 2, 5)], updates=[(0, 2, 4), (1, 0, 5), (0, 0, 1)]))
+    assert torch.equal(made.data[4], before[1]) and torch.equal(made.data[5], before[2])
+    assert torch.equal(made.data[:4], before[:4])
+    assert made.block_table.tolist() == [[1, 0, 4, 0, 0], [5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    made.apply(plan())
+    assert torch.equal(made.data[4], before[1])
+
+
+def test_untouched_blocks_take_no_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    shape = KVShape(8, 16, 8, 64, torch.float32)
+    made = KVPool(shape, num_blocks=1024, max_num_seqs=1, max_model_len=16, device=CPU)
+    assert made.data.nbytes == 1024 * shape.bytes_per_block == 1 << 29
+    assert resident() - before < 1 << 26
+
+
+def test_the_budget_is_what_was_asked_or_a_modest_capped_share() -> None:
+    assert cache_budget_bytes(12345, CPU) == 12345
+    automatic = cache_budget_bytes(None, CPU)
+    assert 0 < automatic <= CPU_CACHE_BYTES_LIMIT
+    assert automatic <= available_memory_bytes()
