@@ -12,8 +12,8 @@ How each figure is measured:
 - admit_ns_per_token_P: from Python; the step that admits a request whose P tokens are all in the cache, divided by P:
   match, pin, and the block table's updates together.
 - match_*, insert_*, evict_*: by `cargo bench --bench radix` (criterion's median of the bare operation), because none of
-  them can be seen alone through PyO3. allocs_per_step: by an allocator that counts, in the core's own test build.
-  Without cargo (an installed wheel) these are left out.
+  them can be seen alone through PyO3. allocs_per_step and core_step_us_R: by `cargo bench --bench schedule`, whose
+  allocator counts, and whose step includes writing the answers. Without cargo (an installed wheel) these are left out.
 
 Correctness comes first: a small run, whose every token is known beforehand, must come out exactly.
 """
@@ -203,9 +203,11 @@ def rust_figures() -> dict[str, float]:
         return {}
     figures: dict[str, float] = {}
     for name in RUST_BENCHES:
-        print(f"cargo bench --bench {name} ...", flush=True)
+        print(f"cargo bench --bench {name} (compiles the first time) ...", flush=True)
         command = ["cargo", "bench", "--quiet", "-p", "kvlite-core", "--bench", name]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
         figures |= json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 
