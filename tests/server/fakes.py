@@ -126,6 +126,7 @@ class Exchange:
     def __init__(self, app: Any, method: str, path: str, headers: dict[str, str], body: Sequence[bytes]) -> None:
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.num_read = 0
+        self.reads_at_most = 1 << 30
         for i, part in enumerate(body):
             self._inbox.put_nowait({"type": "http.request", "body": part, "more_body": i + 1 < len(body)})
         self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -143,6 +144,8 @@ class Exchange:
         return await self._inbox.get()
 
     async def _send(self, message: dict[str, Any]) -> None:
+        if len(self._messages) >= self.reads_at_most:
+            await asyncio.Event().wait()
         self._messages.append(message)
         self.sent.put_nowait(message)
 

@@ -86,13 +86,17 @@ def test_chat_logprobs_carry_bytes_and_a_floor_instead_of_minus_infinity():
 
 
 def test_a_batch_of_prompts_keeps_its_order_whoever_ends_first():
-    another_ended = asyncio.Event()
+    class FirstWaits(FakeEngine):
+        """Its first stream starts when another has ended."""
 
-    class Engine(FakeEngine):
         async def stream(self, *arguments, **options):
             async for item in super().stream(*arguments, **options):
                 yield item
-            another_ended.set()
+            self.another_ended.set()
+
+        def __init__(self):
+            self.another_ended = asyncio.Event()
+            super().__init__([[self.another_ended, *script("a")], script("b"), script("c")])
 
     def script(name: str):
         return [
@@ -100,12 +104,17 @@ def test_a_batch_of_prompts_keeps_its_order_whoever_ends_first():
             delta(f"{name}0", 301, index=0, end=FinishReason.STOP, usage=Usage(1, 2, 1)),
         ]
 
-    engine = Engine([[another_ended, *script("a")], script("b"), script("c")])
-    body = one(engine, TEXT_PATH, {"prompt": ["a", "b", "c"], "n": 2}).json
-    assert [choice["text"] for choice in body["choices"]] == ["a0", "a1", "b0", "b1", "c0", "c1"]
-    assert [choice["index"] for choice in body["choices"]] == list(range(6))
-    assert body["usage"]["completion_tokens"] == 6
-    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+    expected = ["a0", "a1", "b0", "b1", "c0", "c1"]
+    body = {"prompt": ["a", "b", "c"], "n": 2}
+    whole = one(FirstWaits(), TEXT_PATH, body).json
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    assert [choice["index"] for choice in whole["choices"]] == list(range(6))
+    assert whole["usage"]["completion_tokens"] == 6
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+
+    events = one(FirstWaits(), TEXT_PATH, body | {"stream": True}).events
+    texts = {choice["index"]: choice["text"] for event in events for choice in event["choices"]}
+    assert [texts[index] for index in range(6)] == expected
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -218,6 +227,21 @@ def test_a_client_that_leaves_in_the_middle_of_a_batch_aborts_every_prompt():
 
     run(engine, talk)
     assert len(aborted) == 3
+
+
+def test_a_client_that_leaves_while_it_does_not_read_aborts_its_request():
+    engine = FakeEngine([[delta("a", 300), delta("b", 301), delta("c", 302)]])
+
+    async def talk(client):
+        exchange = client.open("POST", CHAT_PATH, CHAT | {"stream": True})
+        exchange.reads_at_most = 3
+        for _ in range(3):
+            await exchange.sent.get()
+        exchange.leave()
+        await exchange.task
+        assert engine.aborted.is_set()
+
+    run(engine, talk)
 
 
 def test_one_bad_prompt_refuses_the_batch_before_any_starts():
