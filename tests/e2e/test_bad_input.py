@@ -14,7 +14,8 @@ USER = [{"role": "user", "content": "Hello"}]
 REFUSALS: list[tuple[str, object, int, str | None]] = [
     (TEXT, {"prompt": [300] * 2048}, 400, "prompt"),
     (TEXT, {"prompt": " Oslo" * 3000}, 400, "prompt"),
-    (CHAT, {"messages": [{"role": "user", "content": " Oslo" * 3000}]}, 400, "prompt"),
+    (CHAT, {"messages": [{"role": "user", "content": " Oslo" * 3000}]}, 400, "messages"),
+    (TEXT, {"prompt": [[300], [300] * 2048]}, 400, "prompt[1]"),
     (TEXT, {"prompt": [300] * 2000, "max_tokens": 100}, 400, "max_tokens"),
     (TEXT, {"prompt": ""}, 400, "prompt"),
     (TEXT, {"prompt": []}, 400, "prompt"),

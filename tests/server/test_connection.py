@@ -105,6 +105,6 @@ def test_a_client_that_closes_its_socket_aborts_its_request():
         writer.write(request(CHAT))
         await engine.started.wait()
         writer.close()
-        await engine.aborted.wait()
+        return await engine.aborted.wait()
 
-    serve(engine, talk)
+    assert serve(engine, talk)

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError, KvliteError
-from kvlite.request import RequestOptions, validate
+from kvlite.request import RequestOptions, ValidatedRequest, validate
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
 from kvlite.server.gate import ClientGone, Gate, read_body, unless_gone
 from kvlite.server.metrics import Meter
@@ -92,13 +92,15 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
+        arrival = self._meter.now()
         call = await self._prepare(request, self._chat_call)
-        return await self._answer(request, call, ChatWire(call, self._tokenizer.token_bytes))
+        return await self._answer(request, call, ChatWire(call, self._tokenizer.token_bytes), arrival)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
+        arrival = self._meter.now()
         call = await self._prepare(request, self._completion_call)
-        return await self._answer(request, call, TextWire(call, self._tokenizer.token_text))
+        return await self._answer(request, call, TextWire(call, self._tokenizer.token_text), arrival)
 
     async def models(self) -> Response:
         """GET /v1/models."""
@@ -148,36 +150,39 @@ class _Routes:
         ids = self._tokenizer.apply_chat_template(
             chat.messages, add_generation_prompt=chat.add_generation_prompt, **chat.template_variables
         )
-        return self._call("chatcmpl-" + request_id, chat.options, (Prompt(tuple(ids)),))
+        prompt = Prompt(tuple(ids), field="messages")
+        return self._call("chatcmpl-" + request_id, chat.options, (prompt,))
 
     def _completion_call(self, body: bytes, request_id: str) -> Call:
         completion = parse_completion(body, self._limits)
         prompts: list[Prompt] = []
-        for prompt in completion.prompts:
+        for i, prompt in enumerate(completion.prompts):
             ids = tuple(self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
             text = ""
             if completion.echo:
                 text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            prompts.append(Prompt(ids, text))
+            prompts.append(Prompt(ids, text, "prompt" if len(completion.prompts) == 1 else f"prompt[{i}]"))
         return self._call("cmpl-" + request_id, completion.options, tuple(prompts), completion.echo)
 
     def _call(self, id: str, options: Options, prompts: tuple[Prompt, ...], echo: bool = False) -> Call:
         """Checks what only the tokens show, for every prompt before any of them starts."""
-        params = options.params
-        requests = [
-            validate(self._limits.engine, prompt.ids, params, RequestOptions(priority=options.priority))
-            for prompt in prompts
-        ]
-        wanted = sum(len(request.prompt_ids) + request.max_tokens for request in requests) * params.n
+        requests = [self._validated(prompt, options) for prompt in prompts]
+        wanted = sum(len(request.prompt_ids) + request.max_tokens for request in requests) * options.params.n
         if wanted > self._config.max_request_tokens:
             raise InvalidRequestError(
                 "prompt", f"the call asks for {wanted} tokens, at most {self._config.max_request_tokens} are allowed"
             )
         return Call(id, int(time.time()), self._limits.model, options, prompts, echo)
 
-    async def _answer(self, request: Request, call: Call, wire: Wire) -> Response:
-        arrival = self._meter.now()
+    def _validated(self, prompt: Prompt, options: Options) -> ValidatedRequest:
+        try:
+            return validate(self._limits.engine, prompt.ids, options.params, RequestOptions(options.priority))
+        except InvalidRequestError as error:
+            if error.param != "prompt":
+                raise
+            raise InvalidRequestError(prompt.field, error.message) from None
 
+    async def _answer(self, request: Request, call: Call, wire: Wire, arrival: float) -> Response:
         def source(prompt: Prompt) -> AsyncGenerator[Delta, None]:
             deltas = self._engine.stream(
                 prompt.ids, call.params, priority=call.options.priority, timeout_s=self._config.request_timeout_s

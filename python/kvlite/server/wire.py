@@ -25,6 +25,8 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str = ""
+    field: str = "prompt"
+    """Where it stands in the body, as errors name it."""
 
 
 @dataclass(frozen=True)
