@@ -45,6 +45,42 @@ fn two_requests_that_fit_only_one_after_the_other_both_finish() {
 }
 
 #[test]
+fn outputs_that_fit_only_one_after_the_other_are_not_begun_together() {
+    let mut engine = Engine::new(CoreConfig { num_blocks: 8, reserve_tokens: 0, ..small_config() });
+    for salt in [1, 2] {
+        engine.add(Asked::new(&prompt(salt, 8), 24)).unwrap();
+    }
+    engine.drain(200);
+    assert_eq!(engine.core.stats().preemptions_total, 0, "the banker finds no order in which both reach their ends");
+}
+
+#[test]
+fn the_watermark_keeps_its_share_free_while_somebody_runs() {
+    for (watermark_ratio, expected) in [(1.0, 2), (0.5, 1)] {
+        let config = CoreConfig { num_blocks: 16, max_num_batched_tokens: 64, watermark_ratio, ..small_config() };
+        let mut engine = Engine::new(config);
+        for salt in [1, 2] {
+            engine.add(Asked::new(&prompt(salt, 24), 8)).unwrap();
+        }
+        assert_eq!(engine.turn().header(Header::NumRunning), expected, "8 blocks each, 8 of 16 are kept at one half");
+        engine.drain(50);
+    }
+}
+
+#[test]
+fn the_oldest_running_request_is_never_preempted() {
+    let mut engine =
+        Engine::new(CoreConfig { num_blocks: 14, max_num_batched_tokens: 64, reserve_tokens: 0, ..small_config() });
+    let oldest = engine.add(Asked { use_cache: false, ..Asked::new(&prompt(1, 1), 40) }).unwrap();
+    for salt in 2..5 {
+        engine.add(Asked::new(&prompt(salt, 11), 24)).unwrap();
+    }
+    engine.drain(300);
+    assert!(engine.core.stats().preemptions_total > 0, "the test is about preemption");
+    assert_eq!(engine.told[&oldest].resumed, 0, "it has computed least, but it leads");
+}
+
+#[test]
 fn a_pool_full_of_cached_blocks_admits_at_once() {
     let mut engine = Engine::new(small_config());
     for salt in 0..8 {
@@ -204,12 +240,30 @@ fn a_failed_plan_ends_its_requests_and_no_neighbour() {
     assert_eq!(run(&mut engine, Asked::new(&prompt(1, 9), 1)), 0, "nothing that the failed plan wrote is a hit");
 }
 
+#[test] // Seed 10397 of the simulation: choice 0 had ended, so nobody looked at its plan, and choice 1 read what was never written.
+fn a_failed_plan_ends_choices_that_wait_for_its_prompt_even_when_the_first_has_ended() {
+    let mut engine = Engine::new(CoreConfig { max_num_batched_tokens: 8, ..small_config() });
+    let handle = engine.add(Asked { n: 2, ..Asked::new(&prompt(1, 14), 4) }).unwrap();
+    engine.step();
+    engine.step(); // The end of the prompt is planned while its beginning runs.
+    assert!(engine.finish(handle, 0, 0, FinishReason::Cancelled));
+    engine.complete(Outcome::Failed { garbage: true });
+    engine.complete(Outcome::Ok);
+    engine.drain(50);
+    assert_eq!(engine.told[&handle].finished, [Some(FinishReason::Cancelled), Some(FinishReason::Error)]);
+}
+
 #[test]
 fn tenants_never_share_a_block_and_one_tenant_does() {
     let mut engine = Engine::new(small_config());
     run(&mut engine, Asked::new(&prompt(1, 17), 1));
     assert_eq!(run(&mut engine, Asked { tenant: 1, ..Asked::new(&prompt(1, 17), 1) }), 0);
     assert_eq!(run(&mut engine, Asked { tenant: 1, ..Asked::new(&prompt(1, 17), 1) }), 16);
+    for tenant in [2, 3] {
+        engine.add(Asked { tenant, ..Asked::new(&prompt(1, 12), 2) }).unwrap();
+    }
+    assert_eq!(engine.turn().header(Header::NumRunning), 2, "nobody is held back for another tenant's prefill");
+    engine.drain(50);
 }
 
 #[test]

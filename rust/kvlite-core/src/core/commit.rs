@@ -35,17 +35,18 @@ impl Core {
         let seq = &mut self.seqs[slot as usize];
         seq.outstanding -= 1;
         seq.samples_in_flight -= u32::from(entry.draws);
-        if seq.status() == Status::Ending {
-            return; // A late sample of an ended sequence is discarded.
-        }
+        let (status, request) = (seq.status(), seq.request);
         let vocab_size = self.config.vocab_size;
         let is_fault = |&id: &i32| u32::try_from(id).map_or(true, |id| id >= vocab_size);
-        if failed || samples.iter().any(is_fault) {
-            let request = seq.request;
+        if failed || (status != Status::Ending && samples.iter().any(is_fault)) {
+            // The whole request: even if this choice has ended, further ones may wait for the prompt it computed.
             self.end_request(request, FinishReason::Error);
             return;
         }
-        if seq.status() == Status::Forked {
+        if status == Status::Ending {
+            return; // A late sample of an ended sequence is discarded.
+        }
+        if status == Status::Forked {
             self.activate_fork(slot);
         } else {
             seq.committed_len = entry.len_after;

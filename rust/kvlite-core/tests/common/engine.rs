@@ -6,6 +6,7 @@ use kvlite_core::plan::{Cause, Header, PROMPT_LOGPROB, PlanView, Region};
 use kvlite_core::sched::policy::{Fcfs, Policy};
 use kvlite_core::{Core, CoreConfig, CoreError, FinishReason, PolicyKind};
 
+use super::overlap::Overlap;
 use super::{Asked, Device, mix};
 
 /// What has become of one request.
@@ -16,6 +17,8 @@ pub struct Told {
     pub outputs: Vec<Vec<i32>>,
     pub finished: Vec<Option<FinishReason>>,
     pub cached_len: Vec<i32>,
+    /// Admissions after a preemption, all choices together.
+    pub resumed: u32,
     /// Calls and faults that allow an end which the oracle does not know.
     pub aborted: bool,
     pub faulted: bool,
@@ -49,6 +52,7 @@ pub struct Engine {
     in_flight: Vec<usize>,
     next: usize,
     rows: Vec<Option<(i32, u32)>>,
+    overlap: Overlap,
     pub asked: BTreeMap<i32, Asked>,
     pub told: BTreeMap<i32, Told>,
     pub now_ms: i64,
@@ -80,6 +84,7 @@ impl Engine {
     pub fn new(config: CoreConfig) -> Engine {
         let device = Device::new(&config);
         let rows = vec![None; config.max_num_seqs as usize];
+        let overlap = Overlap::new(rows.len(), config.block_size);
         let core = Core::new(config).expect("test configurations are valid");
         let len = core.layout().len();
         Engine {
@@ -89,6 +94,7 @@ impl Engine {
             in_flight: Vec::new(),
             next: 0,
             rows,
+            overlap,
             asked: BTreeMap::new(),
             told: BTreeMap::new(),
             now_ms: 0,
@@ -107,6 +113,7 @@ impl Engine {
             outputs: vec![Vec::new(); n],
             finished: vec![None; n],
             cached_len: vec![0; n],
+            resumed: 0,
             aborted: false,
             faulted: false,
             asked_to_finish: vec![None; n],
@@ -150,6 +157,7 @@ impl Engine {
     /// Runs the oldest plan in flight.
     pub fn complete(&mut self, outcome: Outcome) {
         let idx = self.in_flight.remove(0);
+        self.overlap.complete();
         let layout = self.core.layout().clone();
         let plan = PlanView::new(&layout, &self.arenas[idx]);
         let id = plan.header(Header::PlanId);
@@ -251,6 +259,7 @@ impl Engine {
             self.admit(handle, choice as usize, row as usize, cause, cached_len);
         }
         self.device.meet(&plan);
+        self.overlap.plan(&plan);
     }
 
     fn end(&mut self, handle: i32, choice: usize, reason: FinishReason) {
@@ -296,6 +305,7 @@ impl Engine {
         assert!((cached_len as usize) <= asked.prompt.len());
         assert!((asked.use_cache && !asked.prompt_logprobs) || cached_len == 0, "{handle} wants no hit");
         if cause != Cause::New as i32 {
+            self.told.get_mut(&handle).expect("admissions belong to requests").resumed += u32::from(resumes);
             return;
         }
         assert!((cached_len as usize) < asked.prompt.len(), "at least one prompt token is computed");

@@ -6,6 +6,7 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod engine;
+mod overlap;
 
 use std::collections::{BTreeMap, BTreeSet};
 
