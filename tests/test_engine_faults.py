@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,42 @@ def test_a_row_without_usable_logits_ends_alone(monkeypatch: pytest.MonkeyPatch)
         assert ends == {handles[0]: FinishReason.ERROR, handles[1]: FinishReason.LENGTH}
         assert tuple(collected[handles[1]]) == expected[1].token_ids
         assert tuple(collected[handles[0]]) == expected[0].token_ids[:3]
+
+
+class Interrupting:
+    """A core during whose next step Ctrl-C is pressed."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.armed = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.core, name)
+
+    def step(self, *args: Any) -> None:
+        self.core.step(*args)
+        if self.armed:
+            self.armed = False
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["core", "forward"])
+def test_ctrl_c_in_a_step_loses_nothing_of_the_others(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(deterministic=True) as made:
+        expected = made.generate([ids(10, 1), ids(10, 2)], GREEDY)
+        stopped, other = made.stream(ids(10, 1), GREEDY), made.stream(ids(10, 2), GREEDY)
+        shown = [next(other), next(stopped)]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if where == "core":
+                patch.setattr(made, "_core", Interrupting(made._core))
+            else:
+                patch.setattr(made._runner.decoder, "forward", lambda *_: signal.raise_signal(signal.SIGINT))
+            list(stopped)
+        rest = list(other)
+        assert tuple(id for delta in [shown[0], *rest] for id in delta.token_ids) == expected[1].token_ids
+        assert essence(made.generate(ids(10, 1), GREEDY)) == essence(expected[0])
+        assert made.step() == [] and made.num_unfinished == 0
+        made._core.audit()
 
 
 def test_a_core_that_plans_nothing_for_ever_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,12 @@ reaches it through AsyncEngine. Every request that was added ends exactly once, 
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast, overload
@@ -67,7 +70,7 @@ class Engine:
         self._boxes: dict[int, deque[Delta]] = {}
         """Where deltas of requests go that `stream` or `generate` reads; the others come out of `step`."""
         self._unread: list[Delta] = []
-        """Came out while `stream` or `generate` stepped, for the next `step`."""
+        """Came out for nobody in particular; the next `step` returns them."""
         self._unwanted: set[int] = set()
         """Aborted because their reader left."""
         self._num_waiting = 0
@@ -149,32 +152,31 @@ class Engine:
 
         Requests added while a plan is at hand join the next one. Raises EngineError when the core is broken.
         """
-        deltas = self._unread + self._advance()
-        self._unread.clear()
+        self._advance()
+        deltas, self._unread = self._unread, []
         return deltas
 
-    def _advance(self) -> list[Delta]:
-        """One step; returns the deltas that neither `stream` nor `generate` reads."""
-        deltas: list[Delta] = []
+    def _advance(self) -> None:
+        """One step; deltas go where their readers look."""
         if self._plan is None:
-            deltas += self.make_plan()
+            self._collect()
         if self._plan is not None:
             self.run_plan()
-            deltas += self.make_plan()
+            self._collect()
         self._watch_for_stall()
-        return [delta for delta in deltas if not self._sort(delta)]
 
-    def _sort(self, delta: Delta) -> bool:
-        """Puts a delta where its reader looks; False when that is the caller of `step`."""
-        box = self._boxes.get(delta.handle)
-        if box is not None:
-            box.append(delta)
-            return True
-        if delta.handle not in self._unwanted:
-            return False
-        if delta.usage is not None:
+    def _collect(self) -> None:
+        with _uninterrupted():
+            for delta in self.make_plan():
+                self._sort(delta)
+
+    def _sort(self, delta: Delta) -> None:
+        if delta.handle in self._boxes:
+            self._boxes[delta.handle].append(delta)
+        elif delta.handle not in self._unwanted:
+            self._unread.append(delta)
+        elif delta.usage is not None:
             self._unwanted.discard(delta.handle)
-        return True
 
     def _watch_for_stall(self) -> None:
         """A core that plans nothing while requests live would hang its callers: a fault of ours, said aloud."""
@@ -269,7 +271,7 @@ class Engine:
                     yield delta
                     if delta.usage is not None:
                         return
-                self._unread.extend(self._advance())
+                self._advance()
         finally:
             self._forget(handle)
 
@@ -285,7 +287,7 @@ class Engine:
                         started[handle] = collectors[at]
                         self._boxes[handle] = box
                         at += 1
-                    self._unread.extend(self._advance())
+                    self._advance()
                     while box:
                         delta = box.popleft()
                         num_done += started[delta.handle].push(delta)
@@ -369,6 +371,23 @@ class Engine:
 
 def _is_single(prompts: Prompt | Sequence[str] | Sequence[Sequence[int]]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
+
+
+@contextmanager
+def _uninterrupted() -> Generator[None]:
+    """Holds Ctrl-C back until the block is done: an event that was read half would be lost to its request."""
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _now_ms() -> int:

@@ -124,7 +124,7 @@ class Sampler:
         self, logits: torch.Tensor, rows: Int32, positions: NDArray[np.int64], greedy: NDArray[np.bool_]
     ) -> Int32:
         def table(values: NDArray[np.generic]) -> torch.Tensor:
-            return torch.tensor(values, device=self._device)
+            return torch.as_tensor(values, device=self._device)
 
         temperature = self._temperature[rows]
         temperature[greedy] = 0
@@ -182,7 +182,7 @@ class Sampler:
         return state
 
     def _index(self, values: Sequence[int] | NDArray[np.generic]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return torch.as_tensor(np.asarray(values), dtype=torch.int64, device=self._device)
 
 
 class _PenaltyTable:
