@@ -7,14 +7,6 @@ use std::fmt;
 /// A token id as it crosses the boundary: `0 <= id < vocab_size`.
 pub type Token = i32;
 
-/// What `Core::add` returns: names one request until its last choice has finished, never reused soon after.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Handle(pub i32);
-
-/// A row of the device tables (block table, last token, sampling state) held by one sequence while it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SeqRow(pub u32);
-
 /// Who asked. Nothing crosses a tenant: every lookup takes one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TenantId(pub u32);

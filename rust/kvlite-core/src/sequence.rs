@@ -124,7 +124,7 @@ pub(crate) struct Sequence {
     pub prefill_until: u32,
     /// Prompt positions whose log-probabilities a completed plan has delivered.
     pub logprobs_len: u32,
-    /// Times preempted; each doubles the room that admission sets aside for it.
+    /// Times preempted; each multiplies the room that admission sets aside for it.
     pub preemptions: u32,
     /// Steps it was held back for a neighbour that computes the same prefix; bounded by `HOLD_LIMIT_STEPS`.
     pub held_steps: u32,

@@ -70,10 +70,10 @@ fn the_watermark_keeps_its_share_free_while_somebody_runs() {
 #[test]
 fn the_oldest_running_request_is_never_preempted() {
     let mut engine =
-        Engine::new(CoreConfig { num_blocks: 14, max_num_batched_tokens: 64, reserve_tokens: 0, ..small_config() });
+        Engine::new(CoreConfig { num_blocks: 17, max_num_batched_tokens: 64, reserve_tokens: 0, ..small_config() });
     let oldest = engine.add(Asked { use_cache: false, ..Asked::new(&prompt(1, 1), 40) }).unwrap();
     for salt in 2..5 {
-        engine.add(Asked::new(&prompt(salt, 11), 24)).unwrap();
+        engine.add(Asked::new(&prompt(salt, 13), 12)).unwrap(); // In step with the oldest: all ask for a block at once.
     }
     engine.drain(300);
     assert!(engine.core.stats().preemptions_total > 0, "the test is about preemption");
@@ -136,6 +136,26 @@ fn requests_with_one_prefix_that_arrive_together_compute_it_once() {
     }
     engine.drain(50);
     assert_eq!(engine.core.stats().prefill_tokens_total, 17 + 1 + 1, "the others hit 16 tokens and compute the last");
+}
+
+#[test]
+fn a_load_of_ten_times_the_pool_costs_at_most_two_preemptions_per_request() {
+    let config = CoreConfig {
+        num_blocks: 60,
+        max_num_seqs: 16,
+        max_num_batched_tokens: 32,
+        max_num_waiting: 64,
+        reserve_tokens: 0,
+        ..small_config()
+    };
+    let mut engine = Engine::new(config);
+    let handles: Vec<i32> = (0..60)
+        .map(|salt| engine.add(Asked { use_cache: false, ..Asked::new(&prompt(salt, 5), 36) }).unwrap())
+        .collect();
+    engine.drain(2_000);
+    let resumed: Vec<u32> = handles.iter().map(|handle| engine.told[handle].resumed).collect();
+    assert!(resumed.iter().sum::<u32>() > 10, "the test is about preemption: {resumed:?}");
+    assert!(resumed.iter().all(|&times| times <= 2), "{resumed:?}");
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use super::{Core, Hold, PlanRecord};
 use crate::cache::PartialHit;
 use crate::plan::{Cause, PlanWriter, Region};
-use crate::sched::{Budget, Demand, HOLD_LIMIT_STEPS, everyone_can_finish};
+use crate::sched::{Budget, Demand, HOLD_LIMIT_STEPS, everyone_can_finish, reserve_of};
 use crate::sequence::{Sequence, Status};
 
 impl Core {
@@ -127,8 +127,10 @@ impl Core {
     fn has_room(&mut self, slot: u32, num_rows: usize) -> bool {
         let block_size = self.config.block_size;
         let blocks = |tokens: u32| u64::from(tokens.div_ceil(block_size));
-        let soon =
-            |seq: &Sequence, reserve: u32| blocks((seq.total_len().saturating_add(reserve)).min(seq.end_len - 1));
+        let soon = |seq: &Sequence| {
+            let reserve = reserve_of(seq.preemptions, self.config.reserve_tokens, block_size);
+            blocks(seq.total_len().saturating_add(reserve).min(seq.end_len - 1))
+        };
         let mut demands = std::mem::take(&mut self.scratch_demands);
         demands.clear();
         let mut promised = 0;
@@ -138,17 +140,15 @@ impl Core {
                 Status::Forked => (u64::from(seq.prompt_len / block_size), false),
                 _ => continue,
             };
-            promised += soon(seq, self.config.reserve_tokens).saturating_sub(has);
+            promised += soon(seq).saturating_sub(has);
             let held = if is_own { has - u64::from(seq.hit_len) } else { 0 };
             demands.push(Demand { remaining: blocks(seq.end_len - 1).saturating_sub(has), held });
         }
         let seq = self.seq(slot);
         let hits = self.scratch_hits.len() as u64;
         let now = blocks(seq.tokens.len() as u32) - hits;
-        // Each preemption doubles the room that is kept for its victim: it comes back later, to stay.
-        let reserve = self.config.reserve_tokens.max(1).saturating_mul(1 << seq.preemptions.min(24));
         let (end, shared) = (blocks(seq.end_len - 1), u64::from(seq.prompt_len / block_size));
-        promised += soon(seq, reserve) - hits + (num_rows as u64 - 1) * (soon(seq, reserve) - shared);
+        promised += soon(seq) - hits + (num_rows as u64 - 1) * (soon(seq) - shared);
         demands.push(Demand { remaining: end - hits - now, held: now });
         demands.extend((1..num_rows).map(|_| Demand { remaining: end - shared, held: 0 }));
 

@@ -58,6 +58,15 @@ impl Budget {
     }
 }
 
+/// Output tokens for which admission sets room aside for one sequence: `reserve_tokens`, and four times more with each
+/// preemption, because a victim should come back later and stay. Overload thus costs a request few preemptions.
+pub fn reserve_of(preemptions: u32, reserve_tokens: u32, block_size: u32) -> u32 {
+    match preemptions {
+        0 => reserve_tokens,
+        times => reserve_tokens.max(block_size).saturating_mul(1 << (2 * times).min(24)),
+    }
+}
+
 /// What one sequence still takes and would give back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Demand {
