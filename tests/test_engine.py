@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from kvlite import (
     Engine,
     FinishReason,
+    RequestOptions,
+    Reuse,
     SamplingParams,
 )
 from kvlite.output import StopMatcher
@@ -54,6 +56,8 @@ def test_the_shipped_model_answers_from_documents(shipped: Engine, text: str, an
     assert (output.text, output.outputs[0].finish_reason) == (answer, FinishReason.STOP)
     again = shipped.chat(question(text))
     assert again.text == answer and again.usage.cached_tokens > 0
+    whole = shipped.chat(question(text), options=RequestOptions(reuse=Reuse.OFF))
+    assert whole.text == answer and whole.usage.cached_tokens == 0, "a cached prefix was there, and not to be taken"
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen3", "mistral"])
@@ -195,7 +199,7 @@ def test_eos_ends_and_is_not_shown_but_counted(shipped: Engine) -> None:
 
 
 def test_a_request_past_its_deadline_ends_with_timeout(one: Engine) -> None:
-    handle = one.add(ids(100), replace(GREEDY, max_tokens=100), timeout_s=1e-6)
+    handle = one.add(ids(100), replace(GREEDY, max_tokens=100), RequestOptions(timeout_s=1e-6))
     deltas = [delta for _ in range(3) for delta in one.step()]
     assert [(delta.handle, delta.finish_reason) for delta in deltas] == [(handle, FinishReason.TIMEOUT)]
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from kvlite.engine import Engine, Prompt
 from kvlite.errors import CapacityError, EngineClosedError, EngineError, KvliteError
 from kvlite.output import Collector
-from kvlite.request import RequestLimits, RequestOptions, ValidatedRequest
+from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.tokenizer import Tokenizer
-from kvlite.types import Delta, EngineStats, FinishReason, RequestOutput, SamplingParams
+from kvlite.types import Delta, EngineStats, FinishReason, RequestOptions, RequestOutput, SamplingParams
 
 BUFFERED_DELTAS = 32
 """Deltas that a choice keeps apart for its reader; then they become one."""
@@ -107,17 +107,17 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-        tenant: int = 0,
+        options: RequestOptions | None = None,
     ) -> AsyncGenerator[Delta]:
         """Deltas as they come; the last one has `usage`. Checked now, started by the first `anext`.
 
         Closing the iterator or cancelling its task aborts the request. Raises InvalidRequestError, CapacityError or
         EngineClosedError now; the latter two may also come from the first `anext`, EngineError from any.
         """
-        request = self._engine.validate(prompt, params, RequestOptions(priority, timeout_s, tenant))
+        return self.stream_validated(self._engine.validate(prompt, params, options))
+
+    def stream_validated(self, request: ValidatedRequest) -> AsyncGenerator[Delta]:
+        """`stream` for a request that has passed `validate`."""
         self._check_accepting()
         return self._stream(request)
 
@@ -125,13 +125,10 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-        tenant: int = 0,
+        options: RequestOptions | None = None,
     ) -> RequestOutput:
         """One whole request; cancelling the call aborts it."""
-        request = self._engine.validate(prompt, params, RequestOptions(priority, timeout_s, tenant))
+        request = self._engine.validate(prompt, params, options)
         collector = Collector(request)
         async for delta in self._stream(request):
             collector.push(delta)

@@ -23,7 +23,7 @@ from kvlite.errors import CapacityError, EngineClosedError, EngineError, Invalid
 from kvlite.inflight import REASONS, InFlight
 from kvlite.output import Collector
 from kvlite.progress import Bar
-from kvlite.request import RequestLimits, RequestOptions, ValidatedRequest, validate
+from kvlite.request import RequestLimits, ValidatedRequest, validate
 from kvlite.runner.plan import Plan
 from kvlite.runner.sampler import choice_seed
 from kvlite.startup import Startup, build
@@ -32,7 +32,9 @@ from kvlite.types import (
     Delta,
     EngineStats,
     FinishReason,
+    RequestOptions,
     RequestOutput,
+    Reuse,
     SamplingParams,
 )
 
@@ -90,29 +92,17 @@ class Engine:
         self.close()
 
     def validate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        options: RequestOptions | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
     ) -> ValidatedRequest:
         """The one wall: text or ids, checked against every limit. Raises InvalidRequestError. Safe in any thread."""
         params = params or SamplingParams()
-        options = options or RequestOptions()
         if isinstance(prompt, str):
             return validate(self.limits, self.tokenizer.encode(prompt), params, options, text=prompt)
         return validate(self.limits, prompt, params, options)
 
-    def add(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-        tenant: int = 0,
-    ) -> int:
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None) -> int:
         """Queues a request for `step`; returns its handle. Raises InvalidRequestError or CapacityError."""
-        return self.add_validated(self.validate(prompt, params, RequestOptions(priority, timeout_s, tenant)))
+        return self.add_validated(self.validate(prompt, params, options))
 
     def add_validated(self, request: ValidatedRequest) -> int:
         """`add` for a request that has passed `validate`."""
@@ -128,7 +118,7 @@ class Engine:
                 priority=request.options.priority,
                 deadline_ms=now_ms + int(request.timeout_s * 1000),
                 tenant=request.options.tenant,
-                use_cache=True,
+                use_cache=request.options.reuse is not Reuse.OFF,
                 prompt_logprobs=params.prompt_logprobs is not None,
                 now_ms=now_ms,
             )
@@ -214,7 +204,12 @@ class Engine:
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  a str is a Sequence[str] too
-        self, prompts: str | Sequence[int], params: SamplingParams | None = None, *, progress: bool | None = None
+        self,
+        prompts: str | Sequence[int],
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        *,
+        progress: bool | None = None,
     ) -> RequestOutput: ...
 
     @overload
@@ -222,6 +217,7 @@ class Engine:
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        options: RequestOptions | None = None,
         *,
         progress: bool | None = None,
     ) -> list[RequestOutput]: ...
@@ -230,35 +226,43 @@ class Engine:
         self,
         prompts: Prompt | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        options: RequestOptions | None = None,
         *,
         progress: bool | None = None,
     ) -> RequestOutput | list[RequestOutput]:
-        """One prompt (text or ids) or a list of them; outputs in the order of the prompts.
+        """One prompt (text or ids) or a list of them; outputs in the order of the prompts, `options` for all.
 
         All are checked before any starts. A list of any length is fed as the queue has room. Raises
         InvalidRequestError; what goes wrong later is the finish reason of its choice.
         """
         if _is_single(prompts):
             assert params is None or isinstance(params, SamplingParams), "one prompt has one SamplingParams"
-            return self._run_all([self.validate(cast("Prompt", prompts), params)], progress)[0]
+            return self._run_all([self.validate(cast("Prompt", prompts), params, options)], progress)[0]
         each = cast("Sequence[Prompt]", prompts)
         every = [params] * len(each) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(every) != len(each):
             raise InvalidRequestError("params", f"{len(every)} for {len(each)} prompts: give one, or one for each")
-        return self._run_all([self.validate(*pair) for pair in zip(each, every, strict=True)], progress)
+        checked = [self.validate(prompt, own, options) for prompt, own in zip(each, every, strict=True)]
+        return self._run_all(checked, progress)
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        **variables: Any,
     ) -> RequestOutput:
         """Answers a conversation; `variables` reach the chat template. Raises InvalidRequestError."""
-        return self.generate(self.tokenizer.apply_chat_template(messages, **variables), params)
+        return self.generate(self.tokenizer.apply_chat_template(messages, **variables), params, options)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+    ) -> Iterator[Delta]:
         """Deltas as they come; the last one has `usage`. The request is checked now and starts at the first `next`.
 
         Closing the iterator early aborts the request. Several may be open at once; each steps the engine for all.
         """
-        return self._stream(self.validate(prompt, params))
+        return self._stream(self.validate(prompt, params, options))
 
     def _stream(self, request: ValidatedRequest) -> Iterator[Delta]:
         box: deque[Delta] = deque()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError
-from kvlite.types import GenerationDefaults, SamplingParams
+from kvlite.types import GenerationDefaults, RequestOptions, SamplingParams
 
 PRIORITY_LIMIT = 1_000_000
 TENANT_LIMIT = (1 << 31) - 1
@@ -31,16 +31,6 @@ class RequestLimits:
     pool_tokens: int
     """Tokens that the whole KV pool holds."""
     defaults: GenerationDefaults
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """Everything of a request but its tokens and sampling."""
-
-    priority: int = 0
-    """Lower is served earlier."""
-    timeout_s: float | None = None
-    tenant: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,11 +59,12 @@ def validate(
     limits: RequestLimits,
     prompt_ids: Sequence[int] | NDArray[np.int32],
     params: SamplingParams,
-    options: RequestOptions = RequestOptions(),
+    options: RequestOptions | None = None,
     text: str | None = None,
 ) -> ValidatedRequest:
     """Checks everything and fills in defaults. Raises InvalidRequestError with field, value and range."""
     _check_params(limits, params)
+    options = options or RequestOptions()
     timeout_s = _check_options(limits, options)
     ids = _check_prompt(limits, prompt_ids)
     max_tokens = _max_tokens(limits, len(ids), params)

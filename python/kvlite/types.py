@@ -172,6 +172,26 @@ class SamplingParams:
         return ids
 
 
+class Reuse(StrEnum):
+    """Which cached KV a request may take. Both are exact; what a request computes is kept for others either way."""
+
+    OFF = "off"
+    PREFIX = "prefix"
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Everything of a request but its tokens and sampling. Checked with the request, by `request.validate`."""
+
+    priority: int = 0
+    """Lower is served earlier."""
+    timeout_s: float | None = None
+    """None: the engine's request_timeout_s."""
+    tenant: int = 0
+    """Nothing is shared between tenants."""
+    reuse: Reuse = Reuse.PREFIX
+
+
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """Natural-log probability of one token under the model's unmodified distribution; rank 1 is the most likely."""

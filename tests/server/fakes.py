@@ -12,10 +12,10 @@ from typing import Any
 
 import kvlite.config
 from kvlite.config import EngineConfig
-from kvlite.request import RequestLimits
+from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.server.app import create_app
 from kvlite.tokenizer import Tokenizer
-from kvlite.types import Delta, EngineStats, FinishReason, GenerationDefaults, SamplingParams, Usage
+from kvlite.types import Delta, EngineStats, FinishReason, GenerationDefaults, RequestOptions, SamplingParams, Usage
 
 SHIPPED_MODEL = Path(kvlite.config.__file__).parent / "model"
 TOKENIZER = Tokenizer(SHIPPED_MODEL)
@@ -59,7 +59,7 @@ class FakeEngine:
     draining: bool = False
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[RequestOptions] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -73,12 +73,10 @@ class FakeEngine:
             generated_tokens=7, num_preemptions=1, finished={FinishReason.STOP: 4},
         )  # fmt: skip
 
-    async def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, **options: Any
-    ) -> AsyncGenerator[Delta, None]:
-        self.prompts.append(tuple(prompt_ids))
-        self.params.append(params)
-        self.asked.append(options)
+    async def stream_validated(self, request: ValidatedRequest) -> AsyncGenerator[Delta, None]:
+        self.prompts.append(tuple(request.prompt_ids.tolist()))
+        self.params.append(request.params)
+        self.asked.append(request.options)
         script = self.scripts.pop(0)
         done = False
         try:

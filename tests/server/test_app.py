@@ -44,7 +44,7 @@ def test_a_chat_answer_has_the_message_the_usage_and_where_its_prompt_came_from(
     assert body["kvlite"] == {"reuse": "prefix", "exact": True, "prefix_tokens": 32, "computed_tokens": 8}
     assert "warnings" not in body
     assert engine.params[0].temperature == 0.5
-    assert engine.asked[0]["priority"] == 3
+    assert engine.asked[0].priority == 3
     assert engine.prompts == [tuple(engine.tokenizer.apply_chat_template(CHAT["messages"]))]
 
 
@@ -89,8 +89,8 @@ def test_a_batch_of_prompts_keeps_its_order_whoever_ends_first():
     class FirstWaits(FakeEngine):
         """Its first stream starts when another has ended."""
 
-        async def stream(self, *arguments, **options):
-            async for item in super().stream(*arguments, **options):
+        async def stream_validated(self, request):
+            async for item in super().stream_validated(request):
                 yield item
             self.another_ended.set()
 
@@ -209,9 +209,9 @@ def test_a_client_that_leaves_in_the_middle_of_a_batch_aborts_every_prompt():
     aborted: list[int] = []
 
     class Engine(FakeEngine):
-        async def stream(self, *arguments, **options):
+        async def stream_validated(self, request):
             try:
-                async for item in super().stream(*arguments, **options):
+                async for item in super().stream_validated(request):
                     yield item
             finally:
                 aborted.append(1)

@@ -13,12 +13,11 @@ from kvlite.server.protocol import (
     ChatRequest,
     CompletionRequest,
     Limits,
-    Reuse,
     UnknownModelError,
     parse_chat,
     parse_completion,
 )
-from kvlite.types import GenerationDefaults
+from kvlite.types import GenerationDefaults, Reuse
 
 USER = [{"role": "user", "content": "Hello"}]
 
@@ -175,11 +174,12 @@ def test_developer_is_system_and_text_parts_are_joined():
 
 
 def test_reuse_is_what_the_server_does_or_a_refusal():
-    body = json.dumps({"prompt": "a", "reuse": "off"}).encode()
-    assert chat().options.reuse is chat(reuse="prefix").options.reuse is Reuse.PREFIX
-    assert parse_completion(body, limits(enable_prefix_caching=False)).options.reuse is Reuse.OFF
-    for later in ("off", "blend", "verify"):
-        assert "not supported yet: must be prefix" in refusal(chat, reuse=later).message
+    assert chat().options.request.reuse is chat(reuse="prefix").options.request.reuse is Reuse.PREFIX
+    assert chat(reuse="off").options.request.reuse is Reuse.OFF
+    body = json.dumps({"prompt": "a", "reuse": "prefix"}).encode()
+    assert parse_completion(body, limits(enable_prefix_caching=False)).options.request.reuse is Reuse.OFF
+    for later in ("blend", "verify"):
+        assert "not supported yet: must be off or prefix" in refusal(chat, reuse=later).message
 
 
 def test_template_switches_are_kept():

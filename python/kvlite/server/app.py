@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError, KvliteError
-from kvlite.request import RequestOptions, ValidatedRequest, validate
+from kvlite.request import ValidatedRequest, validate
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
 from kvlite.server.gate import ClientGone, Gate, read_body, unless_gone
 from kvlite.server.metrics import Meter
@@ -150,23 +150,24 @@ class _Routes:
         ids = self._tokenizer.apply_chat_template(
             chat.messages, add_generation_prompt=chat.add_generation_prompt, **chat.template_variables
         )
-        prompt = Prompt(tuple(ids), field="messages")
+        prompt = Prompt(self._validated(ids, chat.options, "messages"))
         return self._call("chatcmpl-" + request_id, chat.options, (prompt,))
 
     def _completion_call(self, body: bytes, request_id: str) -> Call:
         completion = parse_completion(body, self._limits)
         prompts: list[Prompt] = []
         for i, prompt in enumerate(completion.prompts):
-            ids = tuple(self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             text = ""
             if completion.echo:
                 text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            prompts.append(Prompt(ids, text, "prompt" if len(completion.prompts) == 1 else f"prompt[{i}]"))
+            field = "prompt" if len(completion.prompts) == 1 else f"prompt[{i}]"
+            prompts.append(Prompt(self._validated(ids, completion.options, field), text))
         return self._call("cmpl-" + request_id, completion.options, tuple(prompts), completion.echo)
 
     def _call(self, id: str, options: Options, prompts: tuple[Prompt, ...], echo: bool = False) -> Call:
-        """Checks what only the tokens show, for every prompt before any of them starts."""
-        requests = [self._validated(prompt, options) for prompt in prompts]
+        """Every prompt is checked before any of them starts; this checks what they ask for together."""
+        requests = [prompt.request for prompt in prompts]
         wanted = sum(len(request.prompt_ids) + request.max_tokens for request in requests) * options.params.n
         if wanted > self._config.max_request_tokens:
             raise InvalidRequestError(
@@ -174,20 +175,18 @@ class _Routes:
             )
         return Call(id, int(time.time()), self._limits.model, options, prompts, echo)
 
-    def _validated(self, prompt: Prompt, options: Options) -> ValidatedRequest:
+    def _validated(self, ids: Sequence[int], options: Options, field: str) -> ValidatedRequest:
+        """`field` is where the prompt stands in the body, as errors name it."""
         try:
-            return validate(self._limits.engine, prompt.ids, options.params, RequestOptions(options.priority))
+            return validate(self._limits.engine, ids, options.params, options.request)
         except InvalidRequestError as error:
             if error.param != "prompt":
                 raise
-            raise InvalidRequestError(prompt.field, error.message) from None
+            raise InvalidRequestError(field, error.message) from None
 
     async def _answer(self, request: Request, call: Call, wire: Wire, arrival: float) -> Response:
         def source(prompt: Prompt) -> AsyncGenerator[Delta, None]:
-            deltas = self._engine.stream(
-                prompt.ids, call.params, priority=call.options.priority, timeout_s=self._config.request_timeout_s
-            )
-            return self._meter.watch(deltas, arrival)
+            return self._meter.watch(self._engine.stream_validated(prompt.request), arrival)
 
         if not call.options.stream:
             return json_response(await unless_gone(request.receive, whole_answer(source, call, wire)))

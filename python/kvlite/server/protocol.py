@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any, cast
 
 from kvlite.errors import InvalidRequestError, KvliteError
 from kvlite.request import PRIORITY_LIMIT, RequestLimits
 from kvlite.server.fields import Fields, as_list, parse_object, shown
-from kvlite.types import STOP_IDS_CEILING, SamplingParams
+from kvlite.types import STOP_IDS_CEILING, RequestOptions, Reuse, SamplingParams
 
 MAX_MESSAGES = 1024
 RESERVED_VARIABLES = {"self", "messages", "tools", "documents", "add_generation_prompt", "specials", "variables"}
@@ -47,13 +46,6 @@ class UnknownModelError(KvliteError):
         self.model = model
 
 
-class Reuse(StrEnum):
-    """Whether a request may take cached KV of its prefix; both are exact."""
-
-    OFF = "off"
-    PREFIX = "prefix"
-
-
 @dataclass(frozen=True)
 class Limits:
     """What a body is checked against: the engine's own limits, and the model's name in the API."""
@@ -67,8 +59,7 @@ class Options:
     """What both endpoints ask in the same way."""
 
     params: SamplingParams
-    priority: int
-    reuse: Reuse
+    request: RequestOptions
     stream: bool
     include_usage: bool
     return_token_ids: bool
@@ -149,8 +140,9 @@ def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
     )
     options = Options(
         params=params,
-        priority=fields.integer("priority", -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0,
-        reuse=_reuse(fields, limits),
+        request=RequestOptions(
+            priority=fields.integer("priority", -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0, reuse=_reuse(fields, limits)
+        ),
         stream=stream,
         include_usage=include_usage,
         return_token_ids=fields.flag("return_token_ids", False),
@@ -180,10 +172,9 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
 def _reuse(fields: Fields, limits: Limits) -> Reuse:
     """What the engine will do for this request; without its prefix cache every request is computed whole."""
     given = fields.choice("reuse", ("off", "prefix", "blend", "verify")) or "prefix"
-    done = Reuse.PREFIX if limits.engine.config.enable_prefix_caching else Reuse.OFF
-    if given not in ("prefix", done):
-        raise InvalidRequestError("reuse", f"{shown(given)} is not supported yet: must be prefix")
-    return done
+    if given not in tuple(Reuse):
+        raise InvalidRequestError("reuse", f"{shown(given)} is not supported yet: must be off or prefix")
+    return Reuse(given) if limits.engine.config.enable_prefix_caching else Reuse.OFF
 
 
 def _refuse_later(fields: Fields) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from kvlite.request import ValidatedRequest
 from kvlite.server.protocol import Options
 from kvlite.types import Delta, FinishReason, Logprob, SamplingParams, TokenLogprobs, Usage
 
@@ -21,12 +22,15 @@ Chunk = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a call, tokenised; `text` is there when the answer must echo it."""
+    """One prompt of a call, checked; `text` is there when the answer must echo it."""
 
-    ids: tuple[int, ...]
+    request: ValidatedRequest
     text: str = ""
-    field: str = "prompt"
-    """Where it stands in the body, as errors name it."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids, as JSON shows them."""
+        return self.request.prompt_ids.tolist()
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def usage_fields(call: Call, usages: Iterable[Usage]) -> Chunk:
             "prompt_tokens_details": {"cached_tokens": cached},
         },
         "kvlite": {
-            "reuse": call.options.reuse,
+            "reuse": call.options.request.reuse,
             "exact": True,
             "prefix_tokens": cached,
             "computed_tokens": prompt - cached,

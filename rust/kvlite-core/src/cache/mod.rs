@@ -1,9 +1,8 @@
 //! The prefix cache: a pool of blocks and a radix tree over them that share one set of indices.
 //!
-//! Owns every block from `alloc` to `free` or eviction. Must not know requests, plans or the scheduler, which reads it
-//! through `CacheView`. Invariants: each block is free, cached, owned or in transfer; a block in use protects its whole
-//! path; the tree holds full blocks only; nothing allocates after `new`, output vectors belong to the caller.
-//! Called by `core`.
+//! Owns every block from `alloc` to `free` or eviction. Must not know requests, plans or the scheduler.
+//! Invariants: each block is free, cached, owned or in transfer; a block in use protects its whole path; the tree holds
+//! full blocks only; nothing allocates after `new`, output vectors belong to the caller. Called by `core`.
 
 mod blocks;
 mod evict;
@@ -50,22 +49,6 @@ pub struct PartialHit {
     pub block: BlockId,
     /// Tokens that fit, 1 to `block_size - 1`.
     pub len: u32,
-}
-
-/// What the scheduler may see of the cache.
-pub trait CacheView {
-    /// See [`Cache::match_prefix`].
-    fn match_prefix(
-        &self,
-        namespace: Namespace,
-        tokens: &[Token],
-        max_blocks: usize,
-        hits: &mut Vec<BlockId>,
-    ) -> Option<PartialHit>;
-    /// Blocks per state.
-    fn counts(&self) -> BlockCounts;
-    /// Blocks that one `alloc` can return: free plus cached.
-    fn available(&self) -> usize;
 }
 
 /// The cache. A reference on a block is one user, or one child that is itself in use:
@@ -316,25 +299,5 @@ impl<E: EvictionPolicy> Cache<E> {
         assert!(state == BlockState::Owned, "{block:?} is {state:?}, not owned by the caller");
         assert!(self.tree.provenance(index).is_none(), "{block:?} is in the tree: unpin it instead");
         index
-    }
-}
-
-impl<E: EvictionPolicy> CacheView for Cache<E> {
-    fn match_prefix(
-        &self,
-        namespace: Namespace,
-        tokens: &[Token],
-        max_blocks: usize,
-        hits: &mut Vec<BlockId>,
-    ) -> Option<PartialHit> {
-        Cache::match_prefix(self, namespace, tokens, max_blocks, hits)
-    }
-
-    fn counts(&self) -> BlockCounts {
-        Cache::counts(self)
-    }
-
-    fn available(&self) -> usize {
-        Cache::available(self)
     }
 }

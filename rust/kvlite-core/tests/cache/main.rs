@@ -5,7 +5,7 @@ mod misuse;
 mod pool;
 
 use kvlite_core::cache::{
-    BlockCounts, BlockState, Cache, CacheView, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit, Provenance,
+    BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit, Provenance,
 };
 use kvlite_core::{BlockId, CoreConfig, Namespace, PolicyKind, TenantId, Token};
 

@@ -41,7 +41,7 @@ fn a_match_appends_and_leaves_earlier_hits_alone() {
     let mut cache = Cache::new(&config(8));
     let blocks = remember(&mut cache, tenant(0), &text(1, 1));
     let mut hits = blocks.clone();
-    CacheView::match_prefix(&cache, tenant(0), &text(1, 1), 9, &mut hits);
+    cache.match_prefix(tenant(0), &text(1, 1), 9, &mut hits);
     assert_eq!(hits, [blocks[0], blocks[0]]);
 }
 

@@ -9,9 +9,9 @@ fn a_pool_full_of_cached_blocks_is_available_to_the_last_one() {
         remember(&mut cache, tenant(0), &text(first, 10));
     }
     assert_eq!(cache.counts(), BlockCounts { cached: 100, ..BlockCounts::default() });
-    assert_eq!(CacheView::available(&cache), 100);
+    assert_eq!(cache.available(), 100);
     alloc(&mut cache, 100, None);
-    assert_eq!(CacheView::counts(&cache), BlockCounts { owned: 100, ..BlockCounts::default() });
+    assert_eq!(cache.counts(), BlockCounts { owned: 100, ..BlockCounts::default() });
     cache.audit();
 }
 
