@@ -22,9 +22,10 @@ export PYO3_PYTHON := $(abspath $(PY))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-# make soak: seeds of the simulated engine, and of the cache against its naive twin (four regimes of 5,000 operations).
+# make soak: seeds and steps of the simulated engine, seeds of the cache against its naive twin (5,000 operations each).
 KVLITE_SEEDS ?= 10000
 KVLITE_MODEL_SEEDS ?= 500
+KVLITE_STEPS ?= 2000
 PYTEST_ARGS ?=
 
 .PHONY: help demo test test-rust test-python lint format bench soak build clean lines constraints
@@ -62,8 +63,8 @@ format: build ## rewrite sources as ruff and rustfmt want them
 bench: build ## speed of the core, from Rust and through PyO3; ends in one JSON line
 	@$(PY) -m bench core
 
-soak: build ## the simulators with many seeds (KVLITE_SEEDS=10000 KVLITE_MODEL_SEEDS=500)
-	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \
+soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLITE_MODEL_SEEDS)
+	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_STEPS=$(KVLITE_STEPS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \
 	  cargo test --release -p kvlite-core --test model --test simulate -- --nocapture
 
 build: $(EXTENSION) ## set up .venv and compile the Rust part
