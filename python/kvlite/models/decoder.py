@@ -187,6 +187,7 @@ class Decoder:
         self.max_model_len = max_model_len
         self.deterministic = deterministic
         self.fingerprint = ""
+        self.weights_bytes = sum(tensor.nbytes for tensor in params.values())
         weight = params["embedding.weight"]
         self.dtype, self.device = weight.dtype, weight.device
         self._silu_mul = ops.silu_mul
