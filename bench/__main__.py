@@ -1,21 +1,34 @@
-"""`python -m bench <name> [options]`: finds the benchmark by name and runs it; without a name, lists them."""
+"""`python -m bench SCENARIO [options]`: finds the benchmark by name and runs it; without a name, lists them."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-BENCHMARKS = {"core": "one step of the Rust core, and the operations of its cache"}
+from .errors import BenchError
+
+BENCHMARKS = {
+    "core": "one step of the Rust core, and the operations of its cache",
+    "limits": "the best rates of reads and products on this machine",
+    "decode": "decode steps of an embedded engine, as shares of the limits",
+    "prefill": "time to the first token of an embedded engine, as shares of the limits",
+    "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",
+    "make-model": "write a random-weight checkpoint that every engine can load",
+}
 
 
 def main() -> int:
-    """Runs the named benchmark; 2 for a name that does not exist."""
+    """Runs the named benchmark; 2 for a name that does not exist, 1 for one that cannot give its figures."""
     name, *arguments = sys.argv[1:] or ["help"]
     if name not in BENCHMARKS:
         for known, text in BENCHMARKS.items():
-            print(f"  python -m bench {known:8} {text}")
+            print(f"  python -m bench {known:10} {text}")
         return 0 if name in ("help", "-h", "--help") else 2
-    return importlib.import_module(f".{name}", __package__).main(arguments)
+    try:
+        return importlib.import_module(f".{name.replace('-', '_')}", __package__).main(arguments)
+    except BenchError as error:
+        print(f"bench {name}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
