@@ -12,6 +12,7 @@ BENCHMARKS = {
     "limits": "the best rates of reads and products on this machine",
     "decode": "decode steps of an embedded engine, as shares of the limits",
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
+    "kernels": "each op on each backend, as shares of its bound",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",
     "make-model": "write a random-weight checkpoint that every engine can load",
 }

@@ -117,7 +117,7 @@ class Limits:
     def read_rate(self, size: int | None = None) -> float:
         """Bytes per second of reading `size` bytes over and over (default: the model's weights), the best so far."""
         size = size or self.weight_bytes
-        self._use_threads()
+        use_threads(self.threads)
         found = {name: size / best_s(loop, self._budget_s) for name, loop in read_loops(size, self.threads).items()}
         return self._keep(f"read {size}", found)
 
@@ -140,7 +140,7 @@ class Limits:
 
     def product_rate(self, product: Product, num_rows: int) -> float:
         """Calls per second of one product with `num_rows` rows, the best so far."""
-        self._use_threads()
+        use_threads(self.threads)
         if product not in self._copies:
             self._copies[product] = Copies.of(product, self.dtype)
         copies = self._copies[product].used(num_rows)
@@ -161,9 +161,11 @@ class Limits:
             self.loops[key] = name
         return self._rates[key]
 
-    def _use_threads(self) -> None:
-        torch.set_num_threads(self.threads)
-        _core.cpu_set_num_threads(self.threads)
+
+def use_threads(threads: int) -> None:
+    """Torch and kvlite's own kernels run with so many threads from now on."""
+    torch.set_num_threads(threads)
+    _core.cpu_set_num_threads(threads)
 
 
 def read_loops(size: int, threads: int) -> dict[str, Callable[[], object]]:
