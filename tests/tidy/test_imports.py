@@ -147,7 +147,7 @@ WALLS = [
         r"\bsched\b|\bplan::|\bcrate::core\b|\bCore\b",
         "cache never sees sched, plan or core",
     ),
-    ("rust/kvlite-core/src/sched/", r"\bCache\b|\bcrate::core\b", "sched sees the cache through CacheView only"),
+    ("rust/kvlite-core/src/sched/", r"\bCache\b|\bcrate::core\b", "sched sees numbers, never the cache"),
     ("rust/kvlite-core/src/", r"std::time|Instant|SystemTime", "the core has no clock"),
     (
         "rust/kvlite-core/src/",
