@@ -4,9 +4,7 @@ mod matching;
 mod misuse;
 mod pool;
 
-use kvlite_core::cache::{
-    BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit, Provenance,
-};
+use kvlite_core::cache::{BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit, Provenance};
 use kvlite_core::{BlockId, CoreConfig, Namespace, PolicyKind, TenantId, Token};
 
 const BLOCK_SIZE: usize = 4;
