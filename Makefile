@@ -28,7 +28,7 @@ KVLITE_MODEL_SEEDS ?= 500
 KVLITE_STEPS ?= 2000
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-rust test-python lint format bench soak build clean lines constraints
+.PHONY: help demo test test-rust test-python lint format bench peers soak build clean lines constraints
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -63,6 +63,9 @@ format: build ## rewrite sources as ruff and rustfmt want them
 bench: build ## speed of the core, from Rust and through PyO3; ends in one JSON line
 	@$(PY) -m bench core
 
+peers: build ## vLLM in an environment of its own (.peers, 6 GB), for: python -m bench compare --peers vllm
+	@$(PY) -m bench.install_peers
+
 soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLITE_MODEL_SEEDS)
 	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_STEPS=$(KVLITE_STEPS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \
 	  cargo test --release -p kvlite-core --test model --test simulate -- --nocapture
@@ -73,7 +76,7 @@ lines: ## lines of code by part, beside their budgets
 	@$(firstword $(wildcard $(PY)) python3) tests/tidy/lines.py
 
 clean: ## remove everything that make made
-	@rm -rf $(VENV) target dist python/kvlite/_core*.so .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .peers target dist python/kvlite/_core*.so .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 constraints: build ## write constraints.txt from what .venv holds now

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
     "kernels": "each op on each backend, as shares of its bound",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",
+    "compare": "kvlite and its peers side by side, each in its own environment",
     "make-model": "write a random-weight checkpoint that every engine can load",
 }
 

@@ -1,0 +1,160 @@
+"""Engines that `compare` can start: kvlite and its peers, each a command that serves OpenAI's API.
+
+Owns how each is told the same model, port, threads and element type, and how a server's life is watched; knows nothing
+of workloads. A peer that is not installed, does not start, or dies is a `TargetError` that says which and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .client import Address, find_model
+from .errors import BenchError
+
+PEERS = Path(__file__).resolve().parent.parent / ".peers"
+POLL_S = 0.1
+LOG_BYTES = 1 << 20
+STOP_S = 20.0
+
+
+class TargetError(Exception):
+    """One engine cannot be measured; the others can."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What every engine is told alike."""
+
+    model: Path
+    port: int
+    threads: int
+    dtype: str
+    max_len: int
+    max_num_seqs: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine; `command` makes its arguments, `needs` must exist before it is tried."""
+
+    name: str
+    command: Callable[[Launch], list[str]]
+    start_s: float = 60.0
+    environment: Callable[[Launch], dict[str, str]] = field(default=lambda launch: {})
+    needs: Path | None = None
+
+
+def _kvlite(launch: Launch) -> list[str]:
+    return [
+        sys.executable, "-m", "kvlite.cli", "serve", str(launch.model), "--port", str(launch.port),
+        "--dtype", launch.dtype, "--num-threads", str(launch.threads), "--max-model-len", str(launch.max_len),
+        "--max-num-seqs", str(launch.max_num_seqs), "--kv-cache-bytes", str(launch.kv_bytes),
+    ]  # fmt: skip
+
+
+def _transformers(launch: Launch) -> list[str]:
+    return [
+        sys.executable, "-m", f"{__package__}.serve_transformers", str(launch.model), "--port", str(launch.port),
+        "--dtype", launch.dtype, "--threads", str(launch.threads),
+    ]  # fmt: skip
+
+
+def _vllm(launch: Launch) -> list[str]:
+    return [
+        str(PEERS / "vllm/bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(launch.model),
+        "--host", "127.0.0.1", "--port", str(launch.port), "--dtype", launch.dtype,
+        "--max-model-len", str(launch.max_len), "--max-num-seqs", str(launch.max_num_seqs),
+        # A share of all memory that must be free at its start, though the pool below is all that it takes.
+        "--gpu-memory-utilization", "0.3",
+    ]  # fmt: skip
+
+
+def _vllm_environment(launch: Launch) -> dict[str, str]:
+    # It pins its own threads; the pool is given in whole GiB.
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(-(-launch.kv_bytes >> 30) or 1),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{launch.threads - 1}",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("kvlite", _kvlite),
+        Target("transformers", _transformers),
+        Target("vllm", _vllm, 240.0, _vllm_environment, PEERS / "vllm/bin/python"),
+    )
+}
+
+
+def free_port() -> int:
+    """A port on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(target: Target, launch: Launch) -> Generator[Address]:
+    """The engine, started and answering; ended afterwards. Raises TargetError when it does not start."""
+    if target.needs is not None and not target.needs.exists():
+        raise TargetError("not installed: run `make peers`")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(launch.threads), **target.environment(launch)}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            target.command(launch), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+        try:
+            address = Address.of(f"http://127.0.0.1:{launch.port}")
+            _wait(target, process, address, lambda: reason(log.fileno()))
+            try:
+                yield address
+            except TargetError:
+                if process.poll() is None:
+                    raise
+            if process.poll() is not None:
+                raise TargetError(f"died with status {process.returncode}: {reason(log.fileno())}")
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(target: Target, process: subprocess.Popen[bytes], address: Address, said: Callable[[], str]) -> None:
+    """Until it answers /v1/models."""
+    deadline = time.monotonic() + target.start_s
+    while True:
+        if process.poll() is not None:
+            raise TargetError(f"ended with status {process.returncode} before it answered: {said()}")
+        try:
+            asyncio.run(find_model(address, None, timeout_s=5.0))
+            return
+        except BenchError:
+            if time.monotonic() > deadline:
+                raise TargetError(f"no answer within {target.start_s:g} s; it says: {said()}") from None
+        time.sleep(POLL_S)
+
+
+def reason(log: int) -> str:
+    """The first error in what a server wrote, which is the cause of the others; else its last line."""
+    text = os.pread(log, LOG_BYTES, 0).decode("utf-8", "replace")
+    found = re.search(r"\b[A-Z]\w*(?:Error|Exception): .*", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (found[0] if found else lines[-1] if lines else "it said nothing")[:300]
