@@ -1,4 +1,4 @@
-"""RMSNorm, plain and with the residual added first, in torch; the CPU engine runs this.
+"""RMSNorm, plain and with the residual added first, in torch.
 
 Knows tensors only. Each row is reduced alone, in an order fixed by its width. Called through `kvlite.ops`.
 """

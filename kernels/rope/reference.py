@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain torch; the CPU engine runs this.
+"""Rotary position embedding in plain torch.
 
 Knows tensors only: the frequencies (and every RoPE scaling) are in the cos and sin tables. Only products, sums and one
 rounding per element, so a row's bits do not depend on the rows beside it. Called through `kvlite.ops`.

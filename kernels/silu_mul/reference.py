@@ -1,4 +1,4 @@
-"""SiLU of the gate times the up projection, in plain torch; the CPU engine runs this.
+"""SiLU of the gate times the up projection, in plain torch.
 
 Knows tensors only. Written with `exp` and not with torch's `silu` or `sigmoid`: those take another code path for the
 last elements of each thread's share, so that a row's bits would depend on how many rows there are. Called through

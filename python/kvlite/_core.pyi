@@ -169,6 +169,46 @@ def cpu_key_mass(
     Raises InvalidArgument before anything is written.
     """
 
+def cpu_linear(
+    x: _Stored,
+    weight: _Stored,
+    bias: _Stored | None,
+    out: _Stored,
+    dtype: str = "float32",
+    weight_dtype: str = "float32",
+) -> None:
+    """Writes `out` [T, N] = x [T, K] weight [N, K]^T + bias [N]; see kernels/linear.
+
+    x and out are of `dtype`, weight and bias of `weight_dtype`: the same, or any beside float32. A row's bits depend on
+    that row alone. Raises InvalidArgument before anything is written.
+    """
+
+def cpu_rms_norm(x: _Stored, weight: _Stored, eps: float, out: _Stored, dtype: str = "float32") -> None:
+    """Writes `out` = weight [D] * x / rms(x); see kernels/rms_norm. x and out, [T, D] or [T, H, D], may be one.
+
+    Raises InvalidArgument before anything is written.
+    """
+
+def cpu_add_rms_norm(
+    x: _Stored, residual: _Stored, weight: _Stored, eps: float, out: _Stored, dtype: str = "float32"
+) -> None:
+    """Adds x to `residual`, then as `cpu_rms_norm` of it; x and out may be one.
+
+    Raises InvalidArgument before anything is written.
+    """
+
+def cpu_rope(q: _Stored, k: _Stored, positions: _Int32, cos: _Float32, sin: _Float32, dtype: str = "float32") -> None:
+    """Rotates q [T, H, D] and k [T, KH, D] (rows strided) in place; cos, sin [P, rot / 2]; see kernels/rope.
+
+    Raises InvalidArgument, for a position outside the tables too, before anything is written.
+    """
+
+def cpu_silu_mul(gate_up: _Stored, out: _Stored, dtype: str = "float32") -> None:
+    """Writes `out` [T, F] = silu(gate) * up, gate_up [T, 2F]; see kernels/silu_mul.
+
+    Raises InvalidArgument before anything is written.
+    """
+
 def cpu_num_threads() -> int:
     """Threads that share one call, the caller's included; at first as many as the machine has."""
 
@@ -176,4 +216,4 @@ def cpu_set_num_threads(num_threads: int) -> None:
     """Sets the threads that share one call; results stay the same bit for bit. Raises InvalidArgument."""
 
 def cpu_isa() -> str:
-    """The instruction set in use: "portable", "avx2" or "avx512"."""
+    """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16"."""

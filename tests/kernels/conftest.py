@@ -15,23 +15,16 @@ from kvlite.ops import Ops, select
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 TRITON = ["triton"] if INTERPRETED or ON_GPU else []
-DENSE_BACKENDS = TRITON if INTERPRETED else ["reference", *TRITON]
-PAGED_BACKENDS = TRITON if INTERPRETED else ["reference", "cpu", *TRITON]
+BACKENDS = TRITON if INTERPRETED else ["reference", "cpu", *TRITON]
 
 
 def _select(backend: str) -> Ops:
     return select(torch.device("cuda" if backend == "triton" and ON_GPU else "cpu"), backend)
 
 
-@pytest.fixture(params=DENSE_BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def ops(request: pytest.FixtureRequest) -> Ops:
-    """The ops that have a reference and a Triton kernel."""
-    return _select(request.param)
-
-
-@pytest.fixture(params=PAGED_BACKENDS)
-def paged_ops(request: pytest.FixtureRequest) -> Ops:
-    """The ops over the paged cache, which also have a Rust twin."""
+    """The ops of each backend."""
     return _select(request.param)
 
 

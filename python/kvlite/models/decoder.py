@@ -2,8 +2,8 @@
 
 Owns the parameters and the scratch buffers of one model on one device; knows neither requests, blocks nor sampling. It
 keeps no state between calls: all of it is in the batch and the KV pool. In deterministic mode a row's hidden state and
-KV have the same bits whatever else is in the batch: products run in whole tiles of rows (layers/linear.py), every other
-op treats rows alone. Called by `runner.model_runner`.
+KV have the same bits whatever else is in the batch: products are those of layers/linear.py, every other op treats rows
+alone. Called by `runner.model_runner`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Views:
-    """The scratch buffers cut to T rows; P = T padded to whole tiles in deterministic mode."""
+    """The scratch buffers cut to T rows; P = T, padded to whole tiles where products take tiles."""
 
     residual: torch.Tensor
     """[P, W]."""
@@ -103,11 +103,11 @@ class _Views:
 class _Scratch:
     """Buffers for the largest T seen; growing them drops the old views."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, deterministic: bool) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, tiled: bool) -> None:
         self._config = config
         self._dtype = dtype
         self._device = device
-        self._deterministic = deterministic
+        self._tiled = tiled
         self._capacity = 0
         self._views: dict[int, _Views] = {}
         self._logits = torch.empty(0)
@@ -115,7 +115,7 @@ class _Scratch:
 
     def reserve(self, num_rows: int) -> None:
         """Makes room for `num_rows`; addresses stay while the capacity suffices."""
-        capacity = padded_rows(num_rows, self._deterministic)
+        capacity = padded_rows(num_rows, self._tiled)
         if capacity <= self._capacity:
             return
         c = self._config
@@ -137,7 +137,7 @@ class _Scratch:
             self.reserve(num_rows)
             if len(self._views) >= MAX_CACHED_VIEWS:
                 self._views.pop(next(iter(self._views)))
-            views = self._views[num_rows] = self._cut(num_rows, padded_rows(num_rows, self._deterministic))
+            views = self._views[num_rows] = self._cut(num_rows, padded_rows(num_rows, self._tiled))
         return views
 
     def _cut(self, rows: int, padded: int) -> _Views:
@@ -166,7 +166,7 @@ class _Scratch:
 
     def logits(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows padded to whole tiles [P, W], logits [P, V] in the engine's dtype)."""
-        padded = padded_rows(num_rows, self._deterministic)
+        padded = padded_rows(num_rows, self._tiled)
         if self._logits.shape[0] < padded:
             with torch.inference_mode(mode=False):
                 self._logits = self._zeros(padded, self._config.vocab_size)
@@ -194,10 +194,11 @@ class Decoder:
         self._embedding = Embedding(weight)
         self._rope = RotaryEmbedding(config.rope, max_model_len, weight.device, ops)
         self._norm = RmsNorm(params["norm"], config.rms_norm_eps, ops)
-        linear = _Linears(params, deterministic)
+        linear = _Linears(params, ops, deterministic)
         self._head = linear("head" if "head.weight" in params else "embedding")
         self._layers = [_build_layer(config, i, params, linear, ops) for i in range(config.num_layers)]
-        self._scratch = _Scratch(config, weight.dtype, weight.device, deterministic)
+        self._scratch = _Scratch(config, weight.dtype, weight.device, linear.tiled)
+        self._tiled = linear.tiled
         self._kv_pool: torch.Tensor | None = None
         self._kv_views: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -243,7 +244,7 @@ class Decoder:
         """Logits [N, V] fp32 of hidden rows [N, W]. The next call may overwrite the result; N >= 1."""
         num_rows = hidden_rows.shape[0]
         padded, logits = self._scratch.logits(num_rows)
-        if self.deterministic:
+        if self._tiled:
             padded[:num_rows].copy_(hidden_rows)
             self._head(padded, logits)
         else:
@@ -262,21 +263,22 @@ class Decoder:
 
 
 class _Linears:
-    """Makes the stack's linear layers; tries each weight shape for its row tile once."""
+    """Makes the stack's linear layers; where they take tiles of rows, tries each weight shape once."""
 
-    def __init__(self, params: dict[str, torch.Tensor], deterministic: bool) -> None:
+    def __init__(self, params: dict[str, torch.Tensor], ops: Ops, deterministic: bool) -> None:
         self._params = params
-        self._deterministic = deterministic
+        self._multiply = ops.invariant_linear if deterministic and ops.invariant_linear else ops.linear
+        self.tiled = deterministic and ops.invariant_linear is None
         self._row_tiles: dict[tuple[torch.Size, bool], int] = {}
 
     def __call__(self, name: str) -> Linear:
         weight, bias = self._params[f"{name}.weight"], self._params.get(f"{name}.bias")
-        if not self._deterministic:
-            return Linear(weight, bias)
+        if not self.tiled:
+            return Linear(weight, bias, self._multiply)
         kind = (weight.shape, bias is None)
         if kind not in self._row_tiles:
-            self._row_tiles[kind] = choose_row_tile(weight, bias)
-        return Linear(weight, bias, row_tile=self._row_tiles[kind])
+            self._row_tiles[kind] = choose_row_tile(weight, bias, self._multiply)
+        return Linear(weight, bias, self._multiply, row_tile=self._row_tiles[kind])
 
 
 def _build_layer(

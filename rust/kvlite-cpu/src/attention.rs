@@ -14,7 +14,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::isa::by_isa;
-use crate::lanes::{self, LANES, SCORES, SPLIT};
+use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::view::CacheLayout;
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
 
@@ -231,17 +231,7 @@ impl Side {
     }
 }
 
-/// Copies to f32 and fills the rest of `target` with zeros.
-#[inline(always)]
-pub(crate) fn widen<E: Element>(source: &[E], target: &mut [f32]) {
-    let (head, tail) = target.split_at_mut(source.len());
-    for (t, &s) in head.iter_mut().zip(source) {
-        *t = s.to_f32();
-    }
-    tail.fill(0.0);
-}
-
-by_isa!(compute_tile = tile_body(
+by_isa!(compute_tile<E> = tile_body(
     args: &Attention<'_, E>,
     tile: &Tile,
     kv_head: usize,

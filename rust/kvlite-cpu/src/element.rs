@@ -10,6 +10,10 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn from_f32(value: f32) -> Self;
     /// The same memory as f32 where no conversion is needed.
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
+    /// The same memory as bf16 if it is that.
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -39,6 +43,10 @@ impl Element for bf16 {
     #[inline(always)]
     fn as_f32(_: &[bf16]) -> Option<&[f32]> {
         None
+    }
+    #[inline(always)]
+    fn as_bf16(values: &[bf16]) -> Option<&[bf16]> {
+        Some(values)
     }
 }
 

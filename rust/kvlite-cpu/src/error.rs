@@ -2,6 +2,11 @@
 
 use thiserror::Error;
 
+/// Errors unless `found` is `expected`.
+pub(crate) fn expect_len(name: &'static str, found: usize, expected: usize) -> Result<(), Error> {
+    if found == expected { Ok(()) } else { Err(Error::Shape { name, found, expected }) }
+}
+
 /// A refused argument, with its value and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Error {
@@ -104,5 +109,15 @@ pub enum Error {
         end: usize,
         /// Tokens of one block table row.
         limit: usize,
+    },
+    /// A token beyond the tables of cos and sin.
+    #[error("positions[{token}] is {value}, the tables have {positions} positions")]
+    Position {
+        /// Position in `positions`.
+        token: usize,
+        /// What was given.
+        value: i32,
+        /// Rows of the tables.
+        positions: usize,
     },
 }

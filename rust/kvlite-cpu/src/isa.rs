@@ -13,6 +13,7 @@ pub(crate) enum Kind {
     Portable,
     Avx2,
     Avx512,
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -29,6 +30,9 @@ impl Isa {
             found.push(Isa(Kind::Avx2));
             if is_x86_feature_detected!("avx512f") {
                 found.push(Isa(Kind::Avx512));
+                if is_x86_feature_detected!("avx512bf16") {
+                    found.push(Isa(Kind::Avx512Bf16));
+                }
             }
         }
         found
@@ -40,36 +44,37 @@ impl Isa {
             Kind::Portable => "portable",
             Kind::Avx2 => "avx2",
             Kind::Avx512 => "avx512",
+            Kind::Avx512Bf16 => "avx512_bf16",
         }
     }
 }
 
-/// Defines `fn $name<E>(isa, ...)`, which runs `$body::<E, FUSED>(...)` compiled for `isa`.
+/// Defines `fn $name<E>(isa, ...)`, which runs `$body::<E, FUSED>(...)` compiled for `isa`; E is one or more element types.
 macro_rules! by_isa {
-    ($name:ident = $body:ident ( $($arg:ident : $type:ty),* $(,)? )) => {
+    ($name:ident < $($element:ident),+ > = $body:ident ( $($arg:ident : $type:ty),* $(,)? )) => {
         #[allow(unsafe_code)]
-        fn $name<E: Element>(isa: $crate::isa::Isa, $($arg: $type),*) {
+        fn $name<$($element: Element),+>(isa: $crate::isa::Isa, $($arg: $type),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2<E: Element>($($arg: $type),*) {
-                    $body::<E, true>($($arg),*);
+                fn avx2<$($element: Element),+>($($arg: $type),*) {
+                    $body::<$($element),+, true>($($arg),*);
                 }
                 #[target_feature(enable = "avx512f,avx2,fma")]
-                fn avx512<E: Element>($($arg: $type),*) {
-                    $body::<E, true>($($arg),*);
+                fn avx512<$($element: Element),+>($($arg: $type),*) {
+                    $body::<$($element),+, true>($($arg),*);
                 }
                 match isa.0 {
                     // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`).
-                    $crate::isa::Kind::Avx512 => return unsafe { avx512::<E>($($arg),*) },
+                    $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Bf16 => return unsafe { avx512::<$($element),+>($($arg),*) },
                     // SAFETY: as above.
-                    $crate::isa::Kind::Avx2 => return unsafe { avx2::<E>($($arg),*) },
+                    $crate::isa::Kind::Avx2 => return unsafe { avx2::<$($element),+>($($arg),*) },
                     $crate::isa::Kind::Portable => {}
                 }
             }
             // Elsewhere a fused multiply-add may be a library call; 64-bit Arm always has the instruction.
             let _ = isa;
-            $body::<E, { cfg!(target_arch = "aarch64") }>($($arg),*);
+            $body::<$($element),+, { cfg!(target_arch = "aarch64") }>($($arg),*);
         }
     };
 }

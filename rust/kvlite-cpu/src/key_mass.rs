@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use crate::attention::{Side, check_groups, widen};
+use crate::attention::{Side, check_groups};
 use crate::isa::by_isa;
-use crate::lanes::{self, LANES, SCORES, SPLIT};
+use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
 
 /// Arguments of `key_mass`.
@@ -81,7 +81,7 @@ fn check<E: Element>(args: &KeyMass<'_, E>, out_len: usize) -> Result<(), Error>
     args.block_table.check_keys(0, args.keys.clone(), cache.block_size, cache.num_blocks)
 }
 
-by_isa!(compute_split = split_body(args: &KeyMass<'_, E>, keys: Range<usize>, out: &mut [f32]));
+by_isa!(compute_split<E> = split_body(args: &KeyMass<'_, E>, keys: Range<usize>, out: &mut [f32]));
 
 #[inline(always)]
 fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<usize>, out: &mut [f32]) {

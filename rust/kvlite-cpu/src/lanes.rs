@@ -4,6 +4,8 @@
 //! compiled for; all are `inline(always)` into `by_isa!` bodies. Every sum has one order, given by indices alone:
 //! dot products add lane-wise and then as a tree, values add key by key. Vectors are padded to `LANES` by the caller.
 
+use crate::Element;
+
 /// Lanes of one accumulator; vectors of the head dimension are padded to a multiple of it.
 pub(crate) const LANES: usize = 16;
 /// Keys of one softmax split. Splits start at multiples of it, so partial results do not depend on the query.
@@ -19,20 +21,30 @@ pub(crate) fn madd<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
 }
 
 /// One accumulator. Written with `from_fn` and no index arithmetic inside, or LLVM takes it apart into scalars.
-type Lane = [f32; LANES];
+pub(crate) type Lane = [f32; LANES];
 
 #[inline(always)]
-fn fma<const FUSED: bool>(a: &Lane, b: &Lane, c: &Lane) -> Lane {
+pub(crate) fn fma<const FUSED: bool>(a: &Lane, b: &Lane, c: &Lane) -> Lane {
     std::array::from_fn(|i| madd::<FUSED>(a[i], b[i], c[i]))
 }
 
 /// Tree sum: halves are added until one lane is left.
 #[inline(always)]
-fn sum(lanes: Lane) -> f32 {
+pub(crate) fn sum(lanes: Lane) -> f32 {
     let a: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
     let b: [f32; 4] = std::array::from_fn(|i| a[i] + a[i + 4]);
     let c: [f32; 2] = std::array::from_fn(|i| b[i] + b[i + 2]);
     c[0] + c[1]
+}
+
+/// Copies to f32 and fills the rest of `target` with zeros.
+#[inline(always)]
+pub(crate) fn widen<E: Element>(source: &[E], target: &mut [f32]) {
+    let (head, tail) = target.split_at_mut(source.len());
+    for (t, &s) in head.iter_mut().zip(source) {
+        *t = s.to_f32();
+    }
+    tail.fill(0.0);
 }
 
 /// e^x within 2e-7 relative (measured in the tests); 0 below -87.3, infinity above 88.3, NaN stays NaN.

@@ -1,4 +1,4 @@
-//! Checked strided views of caller-owned memory: query rows, outputs, the paged cache, block tables.
+//! Checked strided views of caller-owned memory: rows to read or write, the paged cache, block tables.
 //!
 //! A view is made only when its shape and strides (in elements) fit its memory, so an index below the shape is in
 //! bounds. `RowsMut` is shared between threads and holds the crate's only raw pointer.
@@ -107,6 +107,42 @@ impl<'a, E: Element> RowsMut<'a, E> {
         for (i, element) in out.iter_mut().enumerate() {
             *element = value(i);
         }
+    }
+}
+
+/// [rows, heads, dim] to read and write in place, laid out as `Rows`: cells, because q and k of one QKV matrix interleave.
+#[derive(Clone, Copy, Debug)]
+pub struct RowsCells<'a, E: Copy> {
+    values: &'a [Cell<E>],
+    pub(crate) rows: usize,
+    pub(crate) heads: usize,
+    pub(crate) dim: usize,
+    row_stride: usize,
+}
+
+impl<'a, E: Element> RowsCells<'a, E> {
+    /// Errors when `values` is too short or rows would overlap.
+    pub fn new(
+        name: &'static str,
+        values: &'a [Cell<E>],
+        [rows, heads, dim]: [usize; 3],
+        row_stride: usize,
+    ) -> Result<Self, Error> {
+        check(name, values.len(), &[rows, heads, dim], &[row_stride, dim, 1])?;
+        if rows > 1 && row_stride < heads * dim {
+            return Err(Error::Extent { name, len: values.len() });
+        }
+        Ok(RowsCells { values, rows, heads, dim, row_stride })
+    }
+
+    pub(crate) fn shape(&self) -> [usize; 3] {
+        [self.rows, self.heads, self.dim]
+    }
+
+    /// One head of one row, [dim].
+    #[inline(always)]
+    pub(crate) fn head(&self, row: usize, head: usize) -> &'a [Cell<E>] {
+        &self.values[row * self.row_stride + head * self.dim..][..self.dim]
     }
 }
 

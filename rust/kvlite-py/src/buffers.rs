@@ -60,17 +60,28 @@ pub struct Array<T: Stored, const N: usize> {
 impl<T: Stored, const N: usize> Array<T, N> {
     /// Errors when `object` is no N-dimensional, aligned array of `T` with forward strides.
     pub fn new(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Self::with_dimensions(name, object, N)
+    }
+
+    /// As `new`, but with N - 1 dimensions the second one is missing and has one element.
+    pub fn with_heads(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Self::with_dimensions(name, object, N - 1)
+    }
+
+    fn with_dimensions(name: &'static str, object: &Bound<'_, PyAny>, fewest: usize) -> PyResult<Self> {
         let buffer = PyUntypedBuffer::get(object)?;
         let format = buffer.format().to_owned();
         let buffer = buffer
             .into_typed::<T::Raw>()
             .map_err(|_| invalid(name, format!("{name} has elements of format {format:?}, expected {}", T::NAME)))?;
-        if buffer.dimensions() != N {
-            return Err(invalid(name, format!("{name} has {} dimensions, expected {N}", buffer.dimensions())));
+        let given = buffer.dimensions();
+        if given != N && given != fewest {
+            return Err(invalid(name, format!("{name} has {given} dimensions, expected {N}")));
         }
         let size = size_of::<T>();
-        let (mut shape, mut strides, mut last) = ([0; N], [0; N], Some(0usize));
+        let (mut shape, mut strides, mut last) = ([1; N], [0; N], Some(0usize));
         for (i, (&n, &stride)) in buffer.shape().iter().zip(buffer.strides()).enumerate() {
+            let i = if i == 0 { 0 } else { i + N - given };
             shape[i] = n;
             // The stride of a dimension with one element is never taken; exporters put anything there.
             strides[i] = match usize::try_from(stride) {

@@ -15,7 +15,8 @@ use crate::errors::{Fault, from_cpu, invalid, panic_message};
 
 static EXEC: RwLock<Option<Arc<Exec>>> = RwLock::new(None);
 
-fn exec() -> Arc<Exec> {
+/// How ops compute now.
+pub(crate) fn exec() -> Arc<Exec> {
     if let Some(exec) = &*EXEC.read().unwrap_or_else(PoisonError::into_inner) {
         return exec.clone();
     }
@@ -26,18 +27,19 @@ fn exec() -> Arc<Exec> {
 
 /// Runs a generic function with the element type that `dtype` names.
 macro_rules! with_dtype {
-    ($dtype:expr, $function:ident ( $($arg:expr),* $(,)? )) => {
+    ($dtype:expr, $function:ident $(::< $($first:ty),+ >)? ( $($arg:expr),* $(,)? )) => {
         match $dtype {
-            "float32" => $function::<f32>($($arg),*),
-            "bfloat16" => $function::<bf16>($($arg),*),
-            "float16" => $function::<f16>($($arg),*),
+            "float32" => $function::<$($($first,)+)? f32>($($arg),*),
+            "bfloat16" => $function::<$($($first,)+)? bf16>($($arg),*),
+            "float16" => $function::<$($($first,)+)? f16>($($arg),*),
             other => Err(invalid("dtype", format!("dtype is {other:?}, allowed are float32, bfloat16 and float16"))),
         }
     };
 }
+pub(crate) use with_dtype;
 
 /// Runs an op without the GIL and turns what can go wrong into exceptions.
-fn compute(py: Python<'_>, op: impl FnOnce() -> Result<(), kvlite_cpu::Error> + Send) -> PyResult<()> {
+pub(crate) fn compute(py: Python<'_>, op: impl FnOnce() -> Result<(), kvlite_cpu::Error> + Send) -> PyResult<()> {
     // Unwind safety: a panic leaves nothing behind but outputs half written.
     let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(op)));
     outcome.map_err(|panic| Fault::new_err(panic_message(&*panic)))?.map_err(|error| from_cpu(&error))
@@ -56,11 +58,15 @@ fn cell_view<'a, T: Stored + kvlite_cpu::Element>(
     KvCacheCells::new(name, array.cells(), shape, [block, slot, head])
 }
 
-fn rows_view<T: Stored + kvlite_cpu::Element>(array: &Array<T, 3>) -> Result<Rows<'_, T>, kvlite_cpu::Error> {
+/// [T, heads, dim] to read.
+pub(crate) fn rows_view<T: Stored + kvlite_cpu::Element>(
+    array: &Array<T, 3>,
+) -> Result<Rows<'_, T>, kvlite_cpu::Error> {
     Rows::new(array.name, array.slice(), array.shape, array.strides[0])
 }
 
-type Object<'a, 'py> = &'a Bound<'py, PyAny>;
+/// An argument as Python gave it.
+pub(crate) type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 
 /// Writes out and lse for the rows of every sequence; see kernels/attention.
 #[pyfunction]
@@ -261,7 +267,7 @@ fn cpu_set_num_threads(num_threads: usize) -> PyResult<()> {
     Ok(())
 }
 
-/// The instruction set in use: portable, avx2 or avx512.
+/// The instruction set in use: portable, avx2, avx512 or avx512_bf16.
 #[pyfunction]
 fn cpu_isa() -> &'static str {
     Isa::detect().name()

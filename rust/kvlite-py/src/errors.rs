@@ -52,6 +52,7 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
         Error::Slot { .. } => "slot_mapping",
         Error::QueryRow { .. } => "rows",
         Error::KeyRange { .. } => "end",
+        Error::Position { .. } => "positions",
     };
     invalid(param, error.to_string())
 }

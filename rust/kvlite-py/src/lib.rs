@@ -1,11 +1,12 @@
 //! `kvlite._core`: the names that Python sees, and nothing else.
 //!
-//! `core` (the scheduler behind a lock) · `cpu` (the ops) · `buffers` (Python memory as checked slices; the one place with
+//! `core` (the scheduler behind a lock) · `cpu` (the ops over the paged cache) · `dense` (the ops over rows) · `buffers` (Python memory as checked slices; the one place with
 //! `unsafe`) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
 
 mod buffers;
 mod core;
 mod cpu;
+mod dense;
 mod errors;
 
 use pyo3::prelude::*;
@@ -14,5 +15,6 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     module.add_class::<core::Core>()?;
-    cpu::register(module)
+    cpu::register(module)?;
+    dense::register(module)
 }

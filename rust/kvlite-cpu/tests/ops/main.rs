@@ -2,5 +2,7 @@
 
 mod attention;
 mod key_mass;
+mod linear;
 mod oracle;
+mod rows;
 mod store_kv;

@@ -1,0 +1,66 @@
+//! `rope`: rotary position embedding of queries and keys in place.
+//!
+//! Twin of `kernels/rope`: the frequencies are in the tables, computed in fp32, rounded once. q and k interleave in one QKV
+//! matrix, hence cells and one thread.
+
+use crate::error::expect_len;
+use crate::isa::by_isa;
+use crate::{Element, Error, Exec, Rows, RowsCells};
+
+/// Rotates the first 2 * half dimensions of every head of `q` [T, H, D] and `k` [T, KH, D] in place: pair i is
+/// (x[i], x[i + half]).
+///
+/// `positions` [T] · `cos`, `sin` [P, 1, half]. Errors before anything is written when shapes disagree or a position
+/// lies outside the tables.
+pub fn rope<E: Element>(
+    exec: &Exec,
+    q: &RowsCells<'_, E>,
+    k: &RowsCells<'_, E>,
+    positions: &[i32],
+    cos: &Rows<'_, f32>,
+    sin: &Rows<'_, f32>,
+) -> Result<(), Error> {
+    expect_len("rows of k", k.rows, q.rows)?;
+    expect_len("head dim of k", k.dim, q.dim)?;
+    expect_len("length of positions", positions.len(), q.rows)?;
+    expect_len("rows of sin", sin.rows, cos.rows)?;
+    expect_len("columns of sin", sin.dim, cos.dim)?;
+    if 2 * cos.dim > q.dim {
+        return Err(Error::Shape { name: "columns of cos", found: cos.dim, expected: q.dim / 2 });
+    }
+    for (token, &value) in positions.iter().enumerate() {
+        if usize::try_from(value).map_or(true, |position| position >= cos.rows) {
+            return Err(Error::Position { token, value, positions: cos.rows });
+        }
+    }
+    rotate(exec.isa, q, positions, cos, sin);
+    rotate(exec.isa, k, positions, cos, sin);
+    Ok(())
+}
+
+by_isa!(rotate<E> = rotate_body(
+    x: &RowsCells<'_, E>,
+    positions: &[i32],
+    cos: &Rows<'_, f32>,
+    sin: &Rows<'_, f32>,
+));
+
+#[inline(always)]
+fn rotate_body<E: Element, const FUSED: bool>(
+    x: &RowsCells<'_, E>,
+    positions: &[i32],
+    cos: &Rows<'_, f32>,
+    sin: &Rows<'_, f32>,
+) {
+    for (row, &position) in positions.iter().enumerate() {
+        let (cos, sin) = (cos.row(position as usize), sin.row(position as usize)); // checked by `rope`
+        for head in 0..x.heads {
+            let (low, high) = x.head(row, head)[..2 * cos.len()].split_at(cos.len());
+            for (((low, high), &cos), &sin) in low.iter().zip(high).zip(cos).zip(sin) {
+                let (a, b) = (low.get().to_f32(), high.get().to_f32());
+                low.set(E::from_f32(a * cos - b * sin));
+                high.set(E::from_f32(b * cos + a * sin));
+            }
+        }
+    }
+}

@@ -1,0 +1,66 @@
+"""Products with weights: against float64 in every format, biased, strided; which form the cpu backend takes when."""
+
+import numpy as np
+import pytest
+import torch
+
+from kvlite.ops import FEW_HALF_ROWS, FEW_ROWS, Ops
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.paged import poison
+
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ROWS = [1, 3, FEW_HALF_ROWS, FEW_HALF_ROWS + 1, FEW_ROWS, FEW_ROWS + 1]
+FORMATS = [(x, w) for x in ROUNDING for w in ROUNDING if x in (w, torch.float32)]
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), FORMATS, ids=str)
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_the_sum_of_its_products(
+    ops: Ops, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, num_rows: int, biased: bool
+) -> None:
+    x, weight = numbers(num_rows, 100, dtype=dtype).to(device), numbers(37, 100, dtype=weight_dtype).to(device)
+    bias = numbers(37, dtype=weight_dtype).to(device) if biased else None
+    out = poison(num_rows, 40, dtype=dtype).to(device)
+    ops.linear(x, weight, bias, out[:, :37])
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    np.testing.assert_allclose(
+        out[:, :37].cpu().double(), expected.cpu(), rtol=ROUNDING[dtype], atol=20 * ROUNDING[dtype]
+    )
+    assert out[:, 37:].isnan().all()
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), FORMATS, ids=str)
+def test_the_invariant_form_gives_a_row_the_same_bits_alone_and_among_others(
+    ops: Ops, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    if ops.invariant_linear is None:
+        assert ops.backend != "cpu"
+        return
+    x, weight = numbers(70, 100, dtype=dtype), numbers(37, 100, dtype=weight_dtype)
+    together = poison(70, 37, dtype=dtype)
+    ops.invariant_linear(x, weight, None, together)
+    for first, end in ((0, 1), (3, 8), (20, 61), (69, 70)):
+        alone = poison(end - first, 37, dtype=dtype)
+        ops.invariant_linear(x[first:end], weight, None, alone)
+        assert torch.equal(alone, together[first:end])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, FEW_ROWS), (torch.bfloat16, FEW_HALF_ROWS)], ids=str)
+def test_few_rows_take_the_invariant_form_and_no_more(dtype: torch.dtype, most: int) -> None:
+    from kvlite.ops import select
+
+    cpu, reference = select(torch.device("cpu"), "cpu"), select(torch.device("cpu"), "reference")
+    assert cpu.invariant_linear is not None
+    weight = numbers(256, 1000, dtype=dtype)
+    for num_rows, form in ((most, cpu.invariant_linear), (most + 1, reference.linear)):
+        x = numbers(num_rows, 1000, dtype=dtype)
+        out, expected = (poison(num_rows, 256, dtype=dtype) for _ in range(2))
+        cpu.linear(x, weight, None, out)
+        form(x, weight, None, expected)
+        assert torch.equal(out, expected)
