@@ -24,7 +24,7 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["help"]
     if name not in BENCHMARKS:
         for known, text in BENCHMARKS.items():
-            print(f"  python -m bench {known:10} {text}")
+            print(f"  python -m {__package__} {known:10} {text}")
         return 0 if name in ("help", "-h", "--help") else 2
     try:
         return importlib.import_module(f".{name.replace('-', '_')}", __package__).main(arguments)

@@ -49,8 +49,7 @@ class Point:
 
 def floor_s(limits: Limits, point: Point, kv_bytes: int, num_steps: int) -> float:
     """The least time of a step: weights and KV through memory, or the products where those are slower."""
-    kv = point.batch * (point.context + num_steps // 2) * kv_bytes
-    return limits.weights_s(point.batch) + kv / limits.read_rate()
+    return limits.decode_s(point.batch, point.batch * (point.context + num_steps // 2) * kv_bytes)
 
 
 def peer_step_s(peer: Any, batch: list[list[int]]) -> float:

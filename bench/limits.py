@@ -108,6 +108,7 @@ class Limits:
         self._budget_s = budget_s
         self._rates: dict[str, float] = {}
         self._copies: dict[Product, Copies] = {}
+        self._readers: dict[int, dict[str, Callable[[], object]]] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -118,16 +119,20 @@ class Limits:
         """Bytes per second of reading `size` bytes over and over (default: the model's weights), the best so far."""
         size = size or self.weight_bytes
         use_threads(self.threads)
-        found = {name: size / best_s(loop, self._budget_s) for name, loop in read_loops(size, self.threads).items()}
+        if size not in self._readers:
+            self._readers[size] = read_loops(size, self.threads)
+        found = {name: size / best_s(loop, self._budget_s) for name, loop in self._readers[size].items()}
         return self._keep(f"read {size}", found)
 
-    def weights_s(self, num_rows: int) -> float:
-        """Seconds of the linear layers and the head for `num_rows` sequences in decode: the best products' time.
+    def decode_s(self, num_rows: int, kv_bytes: int) -> float:
+        """The least time of a decode step of `num_rows` sequences that reads `kv_bytes` of keys and values.
 
-        With one row they cannot be faster than a bare read, but the loop that shows how fast may be either.
+        With one row the weights cost a read; whichever of the bare reads and the products was faster shows how much.
         """
+        read_rate = self.read_rate()
         products_s = self.product_s(num_rows, head_rows=num_rows)
-        return products_s if num_rows > 1 else min(products_s, self.weight_bytes / self.read_rate())
+        weights_s = products_s if num_rows > 1 else min(products_s, self.weight_bytes / read_rate)
+        return weights_s + kv_bytes / read_rate
 
     def product_s(self, num_rows: int, *, head_rows: int) -> float:
         """Seconds of all linear layers of a forward pass of `num_rows` rows, `head_rows` of them through the head."""

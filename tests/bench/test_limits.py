@@ -108,6 +108,17 @@ def test_the_best_of_at_least_three_calls_counts_after_a_warm_up(monkeypatch: py
     assert len(calls) == 4
 
 
+def test_a_decode_step_costs_at_least_its_weights_and_its_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Limits(CONFIG, torch.float32, 1)
+    monkeypatch.setattr(Limits, "read_rate", lambda self, size=None: found.weight_bytes / 2.0)
+    seconds = {1: 3.0, 2: 5.0}
+    monkeypatch.setattr(Limits, "product_s", lambda self, rows, head_rows: seconds[rows])
+    assert found.decode_s(1, found.weight_bytes) == 2.0 + 2.0, "one row: a bare read was faster than the products"
+    assert found.decode_s(2, 0) == 5.0, "more rows: the best products, though a bare read is faster"
+    seconds[1] = 1.0
+    assert found.decode_s(1, 0) == 1.0, "a product that beats the bare read is the limit"
+
+
 def test_a_prompts_operations_are_two_per_weight_and_token_and_causal_attention() -> None:
     attention = 2 * 4 * 64 * 12 * 100 * 100
     assert prefill.flops(CONFIG, 1000, 100) == 2 * 1000 * 100 + attention
