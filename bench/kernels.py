@@ -110,6 +110,17 @@ def key_mass(make: Maker, rows: int, context: int) -> Case:
     return Case(f"key_mass_{rows}x{context}", context * KH * D * make.dtype.itemsize, flops, run, [out])
 
 
+def linear(make: Maker, rows: int) -> Case:
+    """The gate and up projections."""
+    x, weight, out = make.normal(rows, W), make.normal(2 * F, W), make.poison(rows, 2 * F)
+    num_bytes = weight.numel() * make.dtype.itemsize
+
+    def run(ops: Ops) -> None:
+        ops.linear(x, weight, None, out)
+
+    return Case(f"linear_{rows}", num_bytes, 2.0 * rows * 2 * F * W, run, [out])
+
+
 def row_ops(make: Maker, rows: int) -> list[Case]:
     """Ops that treat each row alone."""
     size = make.dtype.itemsize
@@ -151,7 +162,8 @@ def sample(make: Maker, rows: int, temperature: float, top_p: float) -> Case:
 def cases(make: Maker) -> list[Case]:
     """Everything that is timed."""
     found = [attention(make, 1, 1024, 1), attention(make, 8, 1024, 1), attention(make, 1, 512, 512)]
-    found += [key_mass(make, 32, 1024), *row_ops(make, 1), *row_ops(make, 512)]
+    found += [key_mass(make, 32, 1024), *(linear(make, rows) for rows in (1, 8, 32, 512))]
+    found += [*row_ops(make, 1), *row_ops(make, 512)]
     return [*found, sample(make, 8, 0.0, 1.0), sample(make, 8, 1.0, 0.9)]
 
 

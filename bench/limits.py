@@ -7,7 +7,7 @@ rate of multiply-adds; in between neither is sharp, and the limit is what the be
 these shapes with just so many rows, its weights far enough apart that no cache holds them between two uses.
 
 Each figure is the best repetition of the best loop: torch and numpy for reads; torch with weights as stored and
-transposed, and kvlite's own layer, for products. A loop that beats its limit proves the limit wrong: a share above 1
+transposed, and kvlite's own op, for products. A loop that beats its limit proves the limit wrong: a share above 1
 stops the scenario. Every product is checked against float64 before it is timed.
 """
 
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from kvlite import _core
-from kvlite.layers.linear import Linear
 from kvlite.models import ModelConfig, load_config
+from kvlite.ops import LinearOp, select
 from kvlite.progress import Bar
 
 from .errors import BenchError
@@ -219,7 +219,7 @@ def product_loops(name: str, copies: Copies, num_rows: int) -> dict[str, Callabl
     x = torch.randn(num_rows, first.shape[1], generator=torch.Generator().manual_seed(1)).to(first.dtype)
     out = torch.empty(num_rows, first.shape[0], dtype=first.dtype)
     columns = [weight.t() for weight in copies.stored]
-    layers = [Linear(weight) for weight in copies.stored]
+    ops = select(torch.device("cpu"))
 
     @torch.inference_mode()
     def stored() -> None:
@@ -231,12 +231,18 @@ def product_loops(name: str, copies: Copies, num_rows: int) -> dict[str, Callabl
         for weight in copies.transposed:
             torch.mm(x, weight, out=out)
 
-    @torch.inference_mode()
-    def kvlite() -> None:
-        for layer in layers:
-            layer(x, out)
+    def ours(linear: LinearOp) -> Callable[[], object]:
+        @torch.inference_mode()
+        def loop() -> None:
+            for weight in copies.stored:
+                linear(x, weight, None, out)
 
-    loops: dict[str, Callable[[], object]] = {"torch": stored, "torch transposed": transposed, "kvlite": kvlite}
+        return loop
+
+    loops: dict[str, Callable[[], object]] = {"torch": stored, "torch transposed": transposed}
+    loops["kvlite"] = ours(ops.linear)
+    if ops.invariant_linear is not None and num_rows <= FEW_ROWS:
+        loops["kvlite, row by row"] = ours(ops.invariant_linear)
     expected = x[:1].double() @ first.double().t()
     bound = expected.abs().max() * (1e-4 if first.dtype is torch.float32 else 2e-2)
     for loop_name, loop in loops.items():

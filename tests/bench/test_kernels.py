@@ -9,7 +9,19 @@ import torch
 
 from kvlite.bench import kernels
 from kvlite.bench.errors import BenchError
-from kvlite.bench.kernels import Case, Clock, Maker, attention, backends, check, key_mass, measure, row_ops, sample
+from kvlite.bench.kernels import (
+    Case,
+    Clock,
+    Maker,
+    attention,
+    backends,
+    check,
+    key_mass,
+    linear,
+    measure,
+    row_ops,
+    sample,
+)
 
 MAKE = Maker(torch.device("cpu"), torch.float32)
 
@@ -19,21 +31,21 @@ class FixedClock(Clock):
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.flop_rate = 1e9
+        self.flop_rate = self.rate = 1e9
         self.num_turns = 0
 
     def seconds(self, run: object) -> float:
         return 1e-3
 
     def read_rate(self, size: int) -> float:
-        return 1e9
+        return self.rate
 
     def measure_again(self) -> None:
         self.num_turns += 1
 
 
 def small_cases(make: Maker) -> list[Case]:
-    found = [attention(make, 1, 40, 1), attention(make, 2, 33, 5), key_mass(make, 3, 32)]
+    found = [attention(make, 1, 40, 1), attention(make, 2, 33, 5), key_mass(make, 3, 32), linear(make, 2)]
     return [*found, *row_ops(make, 3), sample(make, 2, 0.0, 1.0), sample(make, 2, 1.0, 0.9)]
 
 
@@ -77,7 +89,7 @@ def test_what_a_case_must_move_and_compute_is_counted_from_its_shape() -> None:
 def test_every_case_is_measured_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "cases", small_cases)
     clock = FixedClock()
-    clock.flop_rate = 1e12
+    clock.flop_rate = clock.rate = 1e12
     figures = measure(MAKE, clock)
     backed = [f"{name}_{backend}" for name in names() for backend in ("reference", "cpu")]
     wanted = {f"{unit}_{name}" for unit in ("us", "share") for name in backed}
