@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from dataclasses import replace
@@ -20,6 +21,7 @@ from kvlite import (
     FinishReason,
     InvalidRequestError,
     ModelLoadError,
+    RequestOptions,
     SamplingParams,
 )
 from tests.engines import MAX_LEN, SMALL, VOCAB, engine, essence, ids, pool_of, tiny
@@ -44,6 +46,10 @@ def one() -> Any:
         ([5, 1.5], {}, "prompt", "integer token ids"),
         ([5, True], {}, None, ""),
         ([5, 1 << 40], {}, "prompt", "out of range"),
+        (None, {}, "prompt", "must be text or a flat list"),
+        (5, {}, "prompt", "must be text or a flat list"),
+        ({"a": 1}, {}, "prompt", "must be text or a flat list"),
+        ("half a character: \ud800", {}, "prompt", "cannot be tokenised"),
         ([5, 1 << 80], {}, "prompt", "integer token ids"),
         ([5] * 250, {"max_tokens": 7}, "max_tokens", "1 to 6"),
         ([5], {"n": 9}, "n", "limit of 8"),
@@ -68,6 +74,35 @@ def test_bad_requests_name_their_field_and_change_nothing(
     rest = list(neighbour)
     tokens = tuple(id for delta in [first, *rest] for id in delta.token_ids)
     assert tokens == one.generate(ids(20, 5), GREEDY).token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        (RequestOptions(priority=1.5), "priority"),  # pyright: ignore[reportArgumentType]
+        (RequestOptions(priority=None), "priority"),  # pyright: ignore[reportArgumentType]
+        (RequestOptions(priority=1 << 40), "priority"),
+        (RequestOptions(tenant=-1), "tenant"),
+        (RequestOptions(reuse="of"), "reuse"),  # pyright: ignore[reportArgumentType]
+        (RequestOptions(timeout_s="soon"), "timeout_s"),  # pyright: ignore[reportArgumentType]
+        (RequestOptions(timeout_s=0), "timeout_s"),
+        (RequestOptions(timeout_s=10**400), "timeout_s"),
+    ],
+)
+def test_bad_options_never_reach_the_core(one: Engine, options: RequestOptions, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        one.validate(ids(5), GREEDY, options)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("messages", [None, "hello", [5], [{"role": "user", "content": "\ud800"}]])
+def test_what_is_no_conversation_is_a_clear_error(one: Engine, messages: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        one.chat(messages)
+
+
+def test_a_bias_in_whole_numbers_fails_no_step(one: Engine) -> None:
+    assert one.generate(ids(5), replace(GREEDY, logit_bias={9: 100})).token_ids == (9,) * 12
 
 
 def test_a_request_larger_than_the_pool_is_refused_at_the_door() -> None:
@@ -121,6 +156,11 @@ def test_wrong_models_and_settings_are_clear_errors(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
         Engine(torn, **SMALL)
+    endless = tmp_path / "endless"
+    shutil.copytree(tiny(), endless)
+    (endless / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCAB}))
+    with pytest.raises(ModelLoadError, match=f"eos_token_id {VOCAB}, but the model has {VOCAB} ids"):
+        Engine(endless, **SMALL)
     with pytest.raises(ConfigError, match=f"{MAX_LEN} positions"):
         engine(max_model_len=MAX_LEN + 1)
     with pytest.raises(ConfigError, match="hold no block"):

@@ -108,6 +108,9 @@ def test_roles_cannot_smuggle_special_tokens(tmp_path: Path) -> None:
             "characters",
         ),
         ("{{ messages[0].content[1:3] }}", "cuts"),
+        ("{{ 1 // 0 }}", "refuses"),
+        ("{{ [].pop() }}", "refuses"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
 def test_a_template_that_refuses_escapes_or_explodes_is_a_clear_error(tmp_path: Path, template: str, said: str) -> None:
@@ -200,6 +203,8 @@ def test_an_unfinished_character_shows_once_the_text_ends() -> None:
         ("tokenizer_config.json", "[1]", "no JSON object"),
         ("tokenizer_config.json", "{", "no JSON"),
         ("tokenizer_config.json", " " * (2 << 20), "bytes"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "chat_template is a list"),
+        ("tokenizer_config.json", '{"chat_template": [5]}', "chat_template is a list"),
     ],
 )
 def test_missing_and_corrupt_files_are_named(tmp_path: Path, file: str, content: str | None, said: str) -> None:
@@ -221,3 +226,21 @@ def test_generation_defaults_come_from_the_model(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
     sampled = load_generation_defaults(tmp_path)
     assert (sampled.temperature, sampled.top_k, sampled.top_p, sampled.eos_token_ids) == (0.7, 20, 0.8, (3, 4))
+
+
+@pytest.mark.parametrize(
+    "values",
+    ['{"top_k": 1e999}', '{"top_p": "much"}', '{"max_new_tokens": -5}', '{"eos_token_id": -1}', '{"eos_token_id": {}}'],
+)
+def test_defaults_out_of_range_are_refused_when_the_model_loads(tmp_path: Path, values: str) -> None:
+    (tmp_path / "generation_config.json").write_text(values)
+    with pytest.raises(ModelLoadError, match=r"generation_config\.json"):
+        load_generation_defaults(tmp_path)
+
+
+def test_a_panic_of_the_library_is_a_clear_error(tmp_path: Path) -> None:
+    source = json.loads((SHIPPED / "tokenizer.json").read_text())
+    source["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(tmp_path)

@@ -45,6 +45,12 @@ from kvlite.types import GenerationDefaults
         ("logit_bias", {-1: 0.0}),
         ("logit_bias", [1]),
         ("ignore_eos", 1),
+        ("n", None),
+        ("presence_penalty", None),
+        ("temperature", 10**400),
+        ("stop", None),
+        ("stop", 7),
+        ("stop_token_ids", None),
         ("skip_special_tokens", "no"),
     ],
 )
@@ -77,3 +83,20 @@ def test_defaults_of_the_model_fill_what_the_request_leaves_open() -> None:
     filled = SamplingParams(top_p=0.5, top_k=-1, repetition_penalty=1.0).resolved(defaults)
     assert (filled.temperature, filled.top_p, filled.top_k, filled.min_p) == (0.6, 0.5, 0, 0.1)
     assert filled.repetition_penalty == 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("top_p", 7.0),
+        ("top_k", 1 << 40),
+        ("max_tokens", 0),
+        ("eos_token_ids", (-1,)),
+        ("eos_token_ids", (True,)),
+        ("eos_token_ids", tuple(range(100))),
+    ],
+)
+def test_a_default_that_no_request_could_ask_for_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        GenerationDefaults(**{field: value})

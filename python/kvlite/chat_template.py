@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-from kvlite.errors import InvalidRequestError, ModelLoadError
+from kvlite.errors import InvalidRequestError, KvliteError, ModelLoadError
 
 if TYPE_CHECKING:
     import jinja2
@@ -46,13 +46,16 @@ class ChatTemplate:
 
         try:
             return _environment().from_string(self._source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise ModelLoadError(f"the chat template cannot be compiled: {error}") from None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, specials: Sequence[str], variables: Mapping[str, Any]
     ) -> Rendered:
         """The conversation as text. Raises InvalidRequestError when the template refuses or exceeds its limit."""
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_list or not all(isinstance(message, Mapping) for message in messages):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequestError("messages", "must be a list of objects with role and content")
         shield = _Shield(specials)
         shield.learn([_flatten(message) for message in messages], 0)
         for name in ("tools", "documents"):
@@ -62,8 +65,6 @@ class ChatTemplate:
         return shield.reveal(self._run({"messages": shielded, **variables, **extra}))
 
     def _run(self, variables: Mapping[str, Any]) -> str:
-        import jinja2
-
         parts: list[str] = []
         size = 0
         try:
@@ -74,10 +75,11 @@ class ChatTemplate:
                     raise InvalidRequestError(
                         "messages", f"the chat template wrote more than {OUTPUT_LIMIT} characters"
                     )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            if isinstance(error, InvalidRequestError):
-                raise
-            raise InvalidRequestError("messages", f"the chat template refuses them: {error}") from None
+        except KvliteError:
+            raise
+        except Exception as error:  # foreign code: whatever it raises, these messages have no rendering
+            reason = str(error) or type(error).__name__
+            raise InvalidRequestError("messages", f"the chat template refuses them: {reason}") from None
         return "".join(parts)
 
 

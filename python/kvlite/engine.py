@@ -253,7 +253,7 @@ class Engine:
         **variables: Any,
     ) -> RequestOutput:
         """Answers a conversation; `variables` reach the chat template. Raises InvalidRequestError."""
-        return self.generate(self.tokenizer.apply_chat_template(messages, **variables), params, options)
+        return self.generate([self.tokenizer.apply_chat_template(messages, **variables)], params, options)[0]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
@@ -374,7 +374,8 @@ class Engine:
 
 
 def _is_single(prompts: Prompt | Sequence[str] | Sequence[Sequence[int]]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
+    is_list = not isinstance(prompts, str) and isinstance(prompts, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
+    return not is_list or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
 
 
 @contextmanager

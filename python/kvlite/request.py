@@ -6,7 +6,6 @@ Called by Engine and AsyncEngine, so HTTP and embedded use refuse the same thing
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError
-from kvlite.types import GenerationDefaults, RequestOptions, SamplingParams
+from kvlite.types import GenerationDefaults, RequestOptions, Reuse, SamplingParams, check_integer, check_number
 
 PRIORITY_LIMIT = 1_000_000
 TENANT_LIMIT = (1 << 31) - 1
@@ -88,6 +87,10 @@ def validate(
 
 
 def _check_prompt(limits: RequestLimits, prompt_ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
+    wrong = InvalidRequestError("prompt", "must be text or a flat list of integer token ids")
+    is_array = isinstance(prompt_ids, np.ndarray) and prompt_ids.ndim == 1
+    if not is_array and not isinstance(prompt_ids, Sequence):
+        raise wrong
     if len(prompt_ids) == 0:
         raise InvalidRequestError("prompt", "is empty: at least one token is needed")
     if len(prompt_ids) >= limits.max_model_len:
@@ -101,7 +104,7 @@ def _check_prompt(limits: RequestLimits, prompt_ids: Sequence[int] | NDArray[np.
     except (ValueError, OverflowError):
         ids = np.zeros(0)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InvalidRequestError("prompt", "must be a flat list of integer token ids")
+        raise wrong
     bad = np.flatnonzero((ids < 0) | (ids >= limits.vocab_size))
     if len(bad):
         raise InvalidRequestError(
@@ -157,15 +160,11 @@ def _check_params(limits: RequestLimits, params: SamplingParams) -> None:
 
 
 def _check_options(limits: RequestLimits, options: RequestOptions) -> float:
-    if not -PRIORITY_LIMIT <= options.priority <= PRIORITY_LIMIT:
-        raise InvalidRequestError(
-            "priority", f"{options.priority} is out of range: must be {-PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
-        )
-    if not 0 <= options.tenant <= TENANT_LIMIT:
-        raise InvalidRequestError("tenant", f"{options.tenant} is out of range: must be 0 to {TENANT_LIMIT}")
-    timeout_s = options.timeout_s
-    if timeout_s is None:
-        return limits.config.request_timeout_s
-    if not math.isfinite(timeout_s) or not 0 < timeout_s <= 1e6:
-        raise InvalidRequestError("timeout_s", f"{timeout_s!r} is out of range: must be above 0 and at most 1e6")
-    return timeout_s
+    check_integer("priority", options.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
+    check_integer("tenant", options.tenant, 0, TENANT_LIMIT)
+    if not isinstance(options.reuse, Reuse):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequestError("reuse", f"{options.reuse!r} is not allowed: must be one of {', '.join(Reuse)}")
+    check_number("timeout_s", options.timeout_s, 0.0, 1e6, optional=True)
+    if options.timeout_s == 0:
+        raise InvalidRequestError("timeout_s", "0 is out of range: must be above 0 and at most 1e6")
+    return limits.config.request_timeout_s if options.timeout_s is None else options.timeout_s

@@ -101,6 +101,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     model, _family = load_config(directory)
     if tokenizer.vocab_size > model.vocab_size:
         raise ModelLoadError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}")
+    if outside := [id for id in defaults.eos_token_ids if id >= model.vocab_size]:
+        raise ModelLoadError(f"{directory}: eos_token_id {outside[0]}, but the model has {model.vocab_size} ids")
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(

@@ -67,7 +67,9 @@ class Tokenizer:
     def _load(self) -> tokenizers.Tokenizer:
         try:
             loaded = tokenizers.Tokenizer.from_str(self._source)
-        except Exception as error:  # the library raises bare Exception for a file that it cannot parse
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception for a file that it cannot parse; panics are no Exception
             raise ModelLoadError(f"tokenizer.json cannot be read: {error}") from None
         loaded.no_truncation()
         loaded.no_padding()
@@ -98,12 +100,15 @@ class Tokenizer:
         return self._special_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of user text. BOS and EOS as the model's files ask, special tokens inside `text` are text."""
+        """Ids of user text. BOS and EOS as the model's files ask, special tokens inside `text` are text.
+
+        Raises InvalidRequestError for text that has no ids (a lone surrogate, a vocabulary without bytes).
+        """
         if not add_special_tokens:
-            return self._plain.encode(text, add_special_tokens=False).ids
+            return _encode(self._plain, text)
         if not {"add_bos_token", "add_eos_token"} & self._config.keys():
-            return self._plain.encode(text).ids
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+            return _encode(self._plain, text, add_special_tokens=True)
+        ids = _encode(self._plain, text)
         if self._config.get("add_bos_token") and self.bos_token_id is not None:
             ids = [self.bos_token_id, *ids]
         if self._config.get("add_eos_token") and self.eos_token_id is not None:
@@ -150,7 +155,7 @@ class Tokenizer:
         """
         rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
         if not rendered.protected:
-            return self._control.encode(rendered.text, add_special_tokens=False).ids
+            return _encode(self._control, rendered.text)
         return self._encode_protected(rendered)
 
     def render_chat(
@@ -199,6 +204,13 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)))
 
 
+def _encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except Exception as error:  # a bare one for text that the vocabulary cannot spell, TypeError for half a character
+        raise InvalidRequestError("prompt", f"cannot be tokenised: {error}") from None
+
+
 class Detokenizer:
     """Ids in, text out, one choice. Never gives half a character; O(bytes) in all. Owned by one request."""
 
@@ -222,20 +234,19 @@ def load_generation_defaults(directory: str | Path, eos_token_id: int | None = N
     eos: Any = config.get("eos_token_id")
     if eos is None:
         eos = read_json(Path(directory) / "config.json").get("eos_token_id", eos_token_id)
-    ids: list[Any] = [] if eos is None else cast("list[Any]", eos) if isinstance(eos, list) else [eos]
+    ids = cast("list[Any]", eos if isinstance(eos, list) else [] if eos is None else [eos])
     greedy = config.get("do_sample") is False
-    length: Any = config.get("max_new_tokens")
     try:
         return GenerationDefaults(
-            temperature=0.0 if greedy else float(config.get("temperature") or 1.0),
-            top_p=float(config.get("top_p") or 1.0),
-            top_k=int(config.get("top_k") or 0),
-            min_p=float(config.get("min_p") or 0.0),
-            repetition_penalty=float(config.get("repetition_penalty") or 1.0),
-            max_tokens=None if length is None else int(length),
-            eos_token_ids=tuple(int(id) for id in ids),
+            temperature=0.0 if greedy else config.get("temperature") or 1.0,
+            top_p=config.get("top_p") or 1.0,
+            top_k=config.get("top_k") or 0,
+            min_p=config.get("min_p") or 0.0,
+            repetition_penalty=config.get("repetition_penalty") or 1.0,
+            max_tokens=config.get("max_new_tokens"),
+            eos_token_ids=tuple(ids),
         )
-    except (TypeError, ValueError) as error:
+    except InvalidRequestError as error:
         raise ModelLoadError(f"{directory}/generation_config.json: {error}") from None
 
 
@@ -273,9 +284,19 @@ def _templates(config: Mapping[str, Any], file_text: str | None) -> dict[str, Ch
     if isinstance(value, str):
         return {"default": ChatTemplate(value)}
     if isinstance(value, list):
-        entries = cast("list[dict[str, str]]", value)
-        return {entry["name"]: ChatTemplate(entry["template"]) for entry in entries}
+        return dict(map(_named_template, cast("list[Any]", value)))
     return {}
+
+
+def _named_template(entry: Any) -> tuple[str, ChatTemplate]:
+    """One of several templates in tokenizer_config.json."""
+    fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    name, source = fields.get("name"), fields.get("template")
+    if not isinstance(name, str) or not isinstance(source, str):
+        raise ModelLoadError(
+            "tokenizer_config.json: chat_template is a list, but not of objects with name and template"
+        )
+    return name, ChatTemplate(source)
 
 
 def _byte_of_char() -> dict[str, int]:

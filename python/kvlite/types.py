@@ -7,6 +7,7 @@ errors. Every class is frozen: a value that passed its constructor is in range f
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -35,7 +36,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What generation_config.json says for fields that a request leaves None."""
+    """What generation_config.json says for fields that a request leaves None. Raises InvalidRequestError."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -45,28 +46,50 @@ class GenerationDefaults:
     max_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        _check_distribution(self)
+        check_integer("max_new_tokens", self.max_tokens, 1, INT32_MAX, optional=True)
+        if len(self.eos_token_ids) > STOP_IDS_CEILING:
+            raise InvalidRequestError("eos_token_id", f"{len(self.eos_token_ids)} ids, at most {STOP_IDS_CEILING}")
+        for token in self.eos_token_ids:
+            check_integer("eos_token_id", token, 0, INT32_MAX)
 
-def _number(param: str, value: float | None, low: float, high: float) -> None:
-    if value is None:
+
+def check_number(param: str, value: float | None, low: float, high: float, *, optional: bool = False) -> None:
+    """Raises InvalidRequestError unless `value` is a finite number in [low, high], or None where that is allowed."""
+    if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError(param, f"{value!r} is not a finite number between {low:g} and {high:g}")
+    is_finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if value is None or isinstance(value, bool) or not is_finite:
+        raise InvalidRequestError(param, f"{reprlib.repr(value)} is not a finite number between {low:g} and {high:g}")
     if not low <= value <= high:
-        raise InvalidRequestError(param, f"{value!r} is out of range: must be between {low:g} and {high:g}")
+        raise InvalidRequestError(param, f"{reprlib.repr(value)} is out of range: must be between {low:g} and {high:g}")
 
 
-def _integer(param: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
+def check_integer(param: str, value: int | None, low: int, high: int, *, optional: bool = False) -> None:
+    """Raises InvalidRequestError unless `value` is an integer in [low, high], or None where that is allowed."""
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError(param, f"{value!r} is not an integer between {low} and {high}")
+        raise InvalidRequestError(param, f"{reprlib.repr(value)} is not an integer between {low} and {high}")
     if not low <= value <= high:
-        raise InvalidRequestError(param, f"{value!r} is out of range: must be between {low} and {high}")
+        raise InvalidRequestError(param, f"{reprlib.repr(value)} is out of range: must be between {low} and {high}")
 
 
 def _flag(param: str, value: bool) -> None:
     if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError(param, f"{value!r} is not true or false")
+        raise InvalidRequestError(param, f"{reprlib.repr(value)} is not true or false")
+
+
+def _check_distribution(given: GenerationDefaults | SamplingParams) -> None:
+    """The fields that a model's generation_config.json gives defaults for."""
+    check_number("temperature", given.temperature, 0.0, 100.0, optional=True)
+    check_number("top_p", given.top_p, 0.0, 1.0, optional=True)
+    if given.top_p == 0:
+        raise InvalidRequestError("top_p", "0 is out of range: must be above 0 and at most 1")
+    check_integer("top_k", given.top_k, -1, INT32_MAX, optional=True)
+    check_number("min_p", given.min_p, 0.0, 1.0, optional=True)
+    check_number("repetition_penalty", given.repetition_penalty, 0.01, 100.0, optional=True)
 
 
 @dataclass(frozen=True)
@@ -99,23 +122,17 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1, N_CEILING)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise InvalidRequestError("top_p", "0 is out of range: must be above 0 and at most 1")
-        _integer("top_k", self.top_k, -1, INT32_MAX)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        _integer("min_tokens", self.min_tokens, 0, INT32_MAX)
-        _integer("max_tokens", self.max_tokens, 1, INT32_MAX)
+        check_integer("n", self.n, 1, N_CEILING)
+        _check_distribution(self)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_integer("seed", self.seed, -(1 << 63), (1 << 63) - 1, optional=True)
+        check_integer("min_tokens", self.min_tokens, 0, INT32_MAX)
+        check_integer("max_tokens", self.max_tokens, 1, INT32_MAX, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", f"{self.min_tokens} is above max_tokens={self.max_tokens}")
-        _integer("logprobs", self.logprobs, 0, LOGPROBS_CEILING)
-        _integer("prompt_logprobs", self.prompt_logprobs, 0, LOGPROBS_CEILING)
+        check_integer("logprobs", self.logprobs, 0, LOGPROBS_CEILING, optional=True)
+        check_integer("prompt_logprobs", self.prompt_logprobs, 0, LOGPROBS_CEILING, optional=True)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _flag(name, getattr(self, name))
         object.__setattr__(self, "logit_bias", self._checked_bias())
@@ -147,11 +164,13 @@ class SamplingParams:
         if len(self.logit_bias) > LOGIT_BIAS_CEILING:
             raise InvalidRequestError("logit_bias", f"{len(self.logit_bias)} entries, at most {LOGIT_BIAS_CEILING}")
         for token, bias in self.logit_bias.items():
-            _integer("logit_bias", token, 0, INT32_MAX)
-            _number("logit_bias", bias, -100.0, 100.0)
-        return dict(self.logit_bias)
+            check_integer("logit_bias", token, 0, INT32_MAX)
+            check_number("logit_bias", bias, -100.0, 100.0)
+        return {token: float(bias) for token, bias in self.logit_bias.items()}
 
     def _checked_stop(self) -> tuple[str, ...]:
+        if not isinstance(self.stop, str | Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequestError("stop", f"{reprlib.repr(self.stop)} is neither text nor a list of texts")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stop) > STOP_CEILING:
             raise InvalidRequestError("stop", f"{len(stop)} strings, at most {STOP_CEILING}")
@@ -164,11 +183,13 @@ class SamplingParams:
         return stop
 
     def _checked_stop_ids(self) -> tuple[int, ...]:
+        if not isinstance(self.stop_token_ids, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequestError("stop_token_ids", f"{reprlib.repr(self.stop_token_ids)} is no list of token ids")
         ids = tuple(self.stop_token_ids)
         if len(ids) > STOP_IDS_CEILING:
             raise InvalidRequestError("stop_token_ids", f"{len(ids)} ids, at most {STOP_IDS_CEILING}")
         for token in ids:
-            _integer("stop_token_ids", token, 0, INT32_MAX)
+            check_integer("stop_token_ids", token, 0, INT32_MAX)
         return ids
 
 

@@ -154,7 +154,7 @@ class Sampler:
             values += [*bias.values(), *([-float("inf")] * len(banned))]
         if line:
             where = (self._index(line), self._index(ids))
-            logits.index_put_(where, torch.tensor(values, device=self._device), accumulate=True)
+            logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=self._device), accumulate=True)
 
     def _logprobs(
         self, raw: torch.Tensor, wanted: NDArray[np.intp], targets: Int32, tokens: Int32, asked: Int32
