@@ -102,6 +102,7 @@ def test_more_ids_than_the_model_takes_are_refused_before_each_is_looked_at():
     [
         ({"n": 0}, "n"),
         ({"n": "two"}, "n"),
+        ({"temperature": 10**400}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -141,6 +142,21 @@ def test_more_ids_than_the_model_takes_are_refused_before_each_is_looked_at():
 )
 def test_a_known_field_with_a_bad_value_is_refused_by_name(fields: dict[str, Any], param: str):
     assert refusal(chat, **fields).param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"n": 0}, "between 1 and 8"),
+        ({"n": 9}, "between 1 and 8"),
+        ({"prompt_logprobs": -1}, "between 0 and 20"),
+        ({"max_tokens": 0}, "between 1 and 63"),
+        ({"max_completion_tokens": 64}, "between 1 and 63"),
+        ({"min_tokens": 64}, "between 0 and 63"),
+    ],
+)
+def test_a_refusal_names_the_range_of_this_server(fields: dict[str, Any], said: str):
+    assert said in refusal(chat, **fields).message
 
 
 @pytest.mark.parametrize("name", sorted(LATER))

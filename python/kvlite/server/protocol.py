@@ -21,9 +21,8 @@ RESERVED_VARIABLES = {"self", "messages", "tools", "documents", "add_generation_
 ROLES = ("system", "developer", "user", "assistant", "document")
 
 SAMPLING_FIELDS = (
-    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "seed", "min_tokens", "max_tokens", "ignore_eos", "prompt_logprobs", "skip_special_tokens",
-    "include_stop_str_in_output",
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "seed", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 """Handed to SamplingParams as they are; it checks type and range."""
 
@@ -96,7 +95,7 @@ def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     top = fields.integer("top_logprobs", 0, limits.engine.config.max_logprobs)
     if top is not None and not wanted:
         raise InvalidRequestError("top_logprobs", f"{top} needs logprobs=true")
-    limit = fields.integer("max_completion_tokens", 1, limits.engine.max_model_len)
+    limit = fields.integer("max_completion_tokens", 1, limits.engine.max_model_len - 1)
     more: dict[str, Any] = {"logprobs": (top or 0) if wanted else None}
     if limit is not None:
         more["max_tokens"] = limit
@@ -128,7 +127,8 @@ def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
     """The shared fields; reads the last ones, so what is unread afterwards is unknown."""
     stream = fields.flag("stream", False)
     include_usage = _stream_options(fields, stream)
-    given = {name: value for name in SAMPLING_FIELDS if (value := fields.raw(name)) is not None}
+    sampling = {name: fields.raw(name) for name in SAMPLING_FIELDS} | _counts(fields, limits)
+    given = {name: value for name, value in sampling.items() if value is not None}
     if stream and given.get("prompt_logprobs") is not None:
         raise InvalidRequestError("prompt_logprobs", "not available with stream=true")
     config = limits.engine.config
@@ -151,6 +151,17 @@ def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
     )
     _refuse_later(fields)
     return _with_warnings(options, fields, config.strict_fields)
+
+
+def _counts(fields: Fields, limits: Limits) -> dict[str, int | None]:
+    """The numbers whose upper end this server sets, so that an error names what it really allows."""
+    config, longest = limits.engine.config, limits.engine.max_model_len - 1
+    return {
+        "n": fields.integer("n", 1, min(config.max_n, config.max_num_seqs)),
+        "prompt_logprobs": fields.integer("prompt_logprobs", 0, config.max_logprobs),
+        "max_tokens": fields.integer("max_tokens", 1, longest),
+        "min_tokens": fields.integer("min_tokens", 0, longest),
+    }
 
 
 def _stream_options(fields: Fields, stream: bool) -> bool:

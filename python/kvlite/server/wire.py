@@ -201,7 +201,6 @@ class TextWire:
 
     def __init__(self, call: Call, token_text: Callable[[int], str]) -> None:
         self._call = call
-        self._offset: dict[int, int] = {}
         self._token_text = token_text
         self._offset: dict[int, int] = {}
         self._echoed: dict[int, tuple[TokenLogprobs | None, ...]] = {}
