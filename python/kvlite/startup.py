@@ -175,13 +175,16 @@ def _pool(config: EngineConfig, model: ModelConfig, decoder: Decoder, max_model_
             "kv_cache_bytes",
             f"{budget} bytes hold no block: one of {config.block_size} tokens needs {shape.bytes_per_block}",
         )
-    return KVPool(
-        shape,
-        num_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        device=decoder.device,
-    )
+    try:
+        return KVPool(
+            shape,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            device=decoder.device,
+        )
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise ConfigError("kv_cache_bytes", f"{budget} bytes cannot be had on this machine: ask for less") from None
 
 
 def _sampler(config: EngineConfig, model: ModelConfig, device: torch.device, ops: Ops) -> Sampler:
