@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvlite.ops import FEW_HALF_ROWS, FEW_ROWS, Ops
+from kvlite.ops import FEW_HALF_ROWS, FEW_ROWS, WIDENED_ROWS, Ops
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.paged import poison
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ROWS = [1, 3, FEW_HALF_ROWS, FEW_HALF_ROWS + 1, FEW_ROWS, FEW_ROWS + 1]
+WIDE = 2 * WIDENED_ROWS + 37
 FORMATS = [(x, w) for x in ROUNDING for w in ROUNDING if x in (w, torch.float32)]
 
 
@@ -48,6 +49,16 @@ def test_the_invariant_form_gives_a_row_the_same_bits_alone_and_among_others(
         alone = poison(end - first, 37, dtype=dtype)
         ops.invariant_linear(x[first:end], weight, None, alone)
         assert torch.equal(alone, together[first:end])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_fp32_rows_take_wide_16_bit_weights_piece_by_piece(ops: Ops, device: torch.device, biased: bool) -> None:
+    x, weight = numbers(FEW_ROWS + 1, 24).to(device), numbers(WIDE, 24, dtype=torch.bfloat16).to(device)
+    bias = numbers(WIDE, dtype=torch.bfloat16).to(device) if biased else None
+    out = poison(FEW_ROWS + 1, WIDE, dtype=torch.float32).to(device)
+    ops.linear(x, weight, bias, out)
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    np.testing.assert_allclose(out.cpu().double(), expected.cpu(), rtol=1e-6, atol=2e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")

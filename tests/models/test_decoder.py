@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kvlite import ops
 from kvlite.errors import ModelLoadError
@@ -23,7 +24,7 @@ SHIPPED = Path(ops.__file__).parent / "model"
 
 def load(folder: Path, **changes: Any) -> Decoder:
     settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "max_model_len": 128}
-    return load_model(folder, ops=ops.select(CPU, "reference"), **(settings | changes))
+    return load_model(folder, **({"ops": ops.select(CPU, "reference")} | settings | changes))
 
 
 def assert_agrees(decoder: Decoder, model: Any, tokens: list[int], num_tokens: int = 16) -> None:
@@ -77,6 +78,40 @@ def test_the_shipped_model_gives_the_logits_and_tokens_of_transformers() -> None
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
     vocab_size = json.loads((SHIPPED / "config.json").read_text())["vocab_size"]
     assert_agrees(load(SHIPPED), model, prompt(60, vocab_size=vocab_size))
+    assert_agrees(load(SHIPPED, ops=ops.select(CPU, "cpu")), model, prompt(60, vocab_size=vocab_size))
+
+
+def assert_same(ours: Decoder, theirs: Decoder) -> None:
+    """Logits of the same text in other chunks, fewer and more rows than `ops.FEW_ROWS`, then greedy tokens."""
+    tokens = prompt(100)
+    drivers = Driver(ours), Driver(theirs)
+    expected = theirs.logits(drivers[1].feed(drivers[1].row(), tokens, chunk=7)).clone()
+    for chunk in (100, 9):
+        assert oracle.distance(ours.logits(drivers[0].feed(drivers[0].row(), tokens, chunk=chunk)), expected) <= 1e-5
+    assert drivers[0].greedy(tokens[:40], 16, chunk=13) == drivers[1].greedy(tokens[:40], 16, chunk=13)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3"])
+def test_the_compiled_ops_keep_16_bit_weights_under_fp32_and_compute_what_the_references_do(
+    name: str, stored: torch.dtype, deterministic: bool, tmp_path: Path
+) -> None:
+    make(name, tmp_path, dtype=stored)
+    reference, decoder = load(tmp_path), load(tmp_path, ops=ops.select(CPU, "cpu"), deterministic=deterministic)
+    assert decoder.dtype == torch.float32
+    assert decoder.weights_bytes == pytest.approx(reference.weights_bytes * stored.itemsize / 4, rel=0.01)
+    assert_same(decoder, reference)
+
+
+def test_weights_of_several_stored_formats_all_become_fp32(tmp_path: Path) -> None:
+    make("llama3", tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].float()
+    save_file(tensors, tmp_path / "model.safetensors")
+    reference, decoder = load(tmp_path), load(tmp_path, ops=ops.select(CPU, "cpu"))
+    assert decoder.weights_bytes == reference.weights_bytes
+    assert_same(decoder, reference)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

@@ -9,11 +9,14 @@ import torch
 
 
 class Embedding:
-    """out[t] = weight[token_ids[t]]; weight [V, W], token_ids [T] int32 or int64, out [T, W]."""
+    """out[t] = weight[token_ids[t]]; weight [V, W], token_ids [T] int32 or int64, out [T, W] as wide or wider."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
 
     def __call__(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Writes `out`."""
-        torch.index_select(self.weight, 0, token_ids, out=out)
+        if out.dtype == self.weight.dtype:
+            torch.index_select(self.weight, 0, token_ids, out=out)
+        else:
+            out.copy_(self.weight.index_select(0, token_ids))

@@ -189,7 +189,7 @@ class Decoder:
         self.fingerprint = ""
         self.weights_bytes = sum(tensor.nbytes for tensor in params.values())
         weight = params["embedding.weight"]
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = params["norm"].dtype, weight.device
         self._silu_mul = ops.silu_mul
         self._embedding = Embedding(weight)
         self._rope = RotaryEmbedding(config.rope, max_model_len, weight.device, ops)
@@ -197,7 +197,7 @@ class Decoder:
         linear = _Linears(params, ops, deterministic)
         self._head = linear("head" if "head.weight" in params else "embedding")
         self._layers = [_build_layer(config, i, params, linear, ops) for i in range(config.num_layers)]
-        self._scratch = _Scratch(config, weight.dtype, weight.device, linear.tiled)
+        self._scratch = _Scratch(config, self.dtype, weight.device, linear.tiled)
         self._tiled = linear.tiled
         self._kv_pool: torch.Tensor | None = None
         self._kv_views: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -343,6 +343,8 @@ def load_model(
 ) -> Decoder:
     """Reads a Hugging Face model folder. dtype None = the checkpoint's, max_model_len None = the model's own.
 
+    `dtype` is that of rows and KV; under fp32 weights of 16 bits may stay as they are (`_dtypes`).
+
     Everything is checked before anything is allocated; ModelLoadError says which file, field or tensor is wrong.
     `progress` is called with (bytes done, bytes in all).
     """
@@ -355,10 +357,23 @@ def load_model(
     params = parameters(config, family.keys)
     checkpoint.check(params, ignored=lambda name: _is_ignored(name, config, family))
     dtype = dtype or config.dtype
-    loaded = checkpoint.load(params, dtype=dtype, device=torch.device(device), progress=progress)
+    dtypes = _dtypes(checkpoint, params, dtype, ops)
+    loaded = checkpoint.load(params, dtypes=dtypes, device=torch.device(device), progress=progress)
     decoder = Decoder(config, loaded, max_model_len=length, ops=ops, deterministic=deterministic)
     decoder.fingerprint = config.fingerprint(dtype=dtype, max_model_len=length, weights_digest=checkpoint.digest())
     return decoder
+
+
+def _dtypes(checkpoint: Checkpoint, params: list[Param], dtype: torch.dtype, ops: Ops) -> dict[str, torch.dtype]:
+    """The format of each parameter: `dtype`; matrices stay in 16 bits under fp32 where the ops multiply them so.
+
+    Nothing is lost, every 16-bit number is an fp32 one, and a decode step reads half of the bytes.
+    """
+    matrices = [param for param in params if param.name.endswith((".weight", ".bias"))]
+    stored = {found for param in matrices for found in checkpoint.stored_dtypes(param)}
+    keeps = ops.widens_weights and dtype == torch.float32 and len(stored) == 1
+    kept = dict.fromkeys((param.name for param in matrices), stored.pop()) if keeps else {}
+    return {param.name: dtype for param in params} | kept
 
 
 def _is_ignored(name: str, config: ModelConfig, family: Family) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -178,8 +178,17 @@ class Checkpoint:
             if name not in needed and not ignored(name):
                 raise ModelLoadError(f"{shard.path}: tensor {name!r} is not part of this architecture")
 
+    def stored_dtypes(self, param: Param) -> set[torch.dtype]:
+        """The number formats of a parameter's parts; call `check` first."""
+        return {FLOATS[self.entries[name][1].dtype] for name, _ in param.parts}
+
     def load(
-        self, params: Iterable[Param], *, dtype: torch.dtype, device: torch.device, progress: Progress | None
+        self,
+        params: Iterable[Param],
+        *,
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        progress: Progress | None,
     ) -> dict[str, torch.Tensor]:
         """Allocates and fills the parameters, shard by shard in file order; call `check` first.
 
@@ -188,7 +197,7 @@ class Checkpoint:
         loaded: dict[str, torch.Tensor] = {}
         targets: dict[str, torch.Tensor] = {}
         for param in params:
-            whole = torch.empty(param.shape, dtype=dtype, device=device)
+            whole = torch.empty(param.shape, dtype=dtypes[param.name], device=device)
             loaded[param.name] = whole
             sizes = [shape[0] for _, shape in param.parts]
             targets.update(zip((name for name, _ in param.parts), torch.split(whole, sizes), strict=True))
