@@ -120,7 +120,10 @@ def context_costs(step_of: dict[Point, float], read_rate: float, kv_bytes: int) 
 
 def first_of_each_batch(points: list[Point]) -> list[Point]:
     """One point per batch, the first."""
-    return list({point.batch: point for point in reversed(points)}.values())[::-1]
+    firsts: dict[int, Point] = {}
+    for point in points:
+        firsts.setdefault(point.batch, point)
+    return list(firsts.values())
 
 
 def outside(setup: Setup, config: ModelConfig, points: list[Point], num_steps: int) -> dict[str, float]:

@@ -134,6 +134,11 @@ def test_more_context_is_charged_with_its_own_bytes() -> None:
     assert decode.context_costs(steps, read_rate=1e9, kv_bytes=1000) == {"context_cost_1064": 3.0}
 
 
+def test_the_first_point_of_a_batch_gives_its_keys() -> None:
+    points = [Point(1, 64), Point(8, 64), Point(1, 1024)]
+    assert decode.first_of_each_batch(points) == points[:2]
+
+
 def test_points_beyond_the_models_positions_are_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
     assert decode.fitting([Point(1, 64), Point(1, 4096)], 2048, 16) == [Point(1, 64)]
     assert "context 4096 is left out" in capsys.readouterr().out
