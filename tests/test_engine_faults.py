@@ -165,7 +165,7 @@ def test_wrong_models_and_settings_are_clear_errors(tmp_path: Path) -> None:
         engine(max_model_len=MAX_LEN + 1)
     with pytest.raises(ConfigError, match="hold no block"):
         engine(kv_cache_bytes=100)
-    with pytest.raises(ConfigError, match="kv_cache_bytes: .* cannot be had"):
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes: .* cannot be had"):
         engine(kv_cache_bytes=1 << 46)
     with pytest.raises(ConfigError, match="unknown setting"):
         engine(max_seqs=3)

@@ -119,6 +119,28 @@ def test_a_template_that_refuses_escapes_or_explodes_is_a_clear_error(tmp_path: 
         tokenizer.apply_chat_template([{"role": "user", "content": "<|end|>"}])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    ],
+)
+def test_a_template_that_never_ends_is_stopped(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlite.chat_template.TIME_LIMIT_S", 0.1)
+    with pytest.raises(InvalidRequestError, match=r"longer than 0\.1 s"):
+        templated(tmp_path, template).apply_chat_template([{"role": "user", "content": "a"}])
+
+
+def test_loops_know_their_place_and_length(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ '.' if loop.last else ',' }}{% endfor %}"
+    template += (
+        "{% for m in nothing %}{% else %} none{% endfor %}{% for k, v in messages[0].items() %} {{ k }}{% endfor %}"
+    )
+    rendered = templated(tmp_path, template).render_chat([{"role": "user", "content": "a"}] * 3)
+    assert rendered.text == "1/3,2/3,3/3. none role content"
+
+
 def test_generation_blocks_and_loop_controls_render_as_in_transformers(tmp_path: Path) -> None:
     template = (
         "{%- for m in messages %}{%- if m.role == 'tool' %}{%- continue %}{%- endif %}\n"

@@ -8,8 +8,11 @@ jinja2 is imported at the first use. Called by tokenizer.py; knows no ids.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -22,8 +25,13 @@ if TYPE_CHECKING:
 
 OUTPUT_LIMIT = 1 << 24
 """Characters that a template may write: far above any context, far below the machine's memory."""
+TIME_LIMIT_S = 5.0
+"""Time that one rendering may take; the longest that fits a request body takes milliseconds."""
 DEPTH_LIMIT = 32
 """Nesting of messages, tools and documents."""
+
+_deadline: ContextVar[float] = ContextVar("_deadline", default=math.inf)
+"""Of the rendering under way, by time.monotonic()."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class ChatTemplate:
     def _run(self, variables: Mapping[str, Any]) -> str:
         parts: list[str] = []
         size = 0
+        _deadline.set(time.monotonic() + TIME_LIMIT_S)
         try:
             for part in self._template.generate(**variables):
                 parts.append(part)
@@ -183,13 +192,39 @@ def _flatten(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "content": "\n".join(part["text"] for part in parts)}
 
 
+def _check_time() -> None:
+    if time.monotonic() > _deadline.get():
+        raise InvalidRequestError("messages", f"the chat template takes longer than {TIME_LIMIT_S:g} s")
+
+
+def _timed(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _check_time()
+        yield item
+
+
 def _environment() -> jinja2.Environment:
-    """Jinja as Hugging Face templates expect it: sandbox, loop controls, tojson, generation blocks."""
+    """Jinja as Hugging Face templates expect it: sandbox, loop controls, tojson, generation blocks.
+
+    Whatever can repeat, loops and calls, looks at the clock.
+    """
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
     from jinja2 import nodes
     from jinja2.parser import Parser
+
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def call(self, /, *args: Any, **kwargs: Any) -> Any:
+            _check_time()
+            return super().call(*args, **kwargs)
+
+        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+            template = super()._parse(source, name, filename)
+            for loop in template.find_all(nodes.For):
+                loop.iter = nodes.Filter(loop.iter, "_timed", [], [], None, None, lineno=loop.lineno)
+            template.set_environment(self)
+            return template
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks assistant text for training; here it is transparent."""
@@ -215,10 +250,9 @@ def _environment() -> jinja2.Environment:
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    filters = cast("dict[str, Any]", environment.filters)
+    filters.update(tojson=tojson, _timed=_timed)
     variables = cast("dict[str, Any]", environment.globals)
     variables.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment
