@@ -89,9 +89,10 @@ class Batcher:
         if not self._waiting:
             self._waiting.append(self._arrived.get())
         deadline = time.monotonic() + GATHER_S
-        while (rest := deadline - time.monotonic()) > 0:
+        while True:
+            # What has arrived is taken even when the time is over.
             try:
-                self._waiting.append(self._arrived.get(timeout=rest))
+                self._waiting.append(self._arrived.get(timeout=max(deadline - time.monotonic(), 0)))
             except queue.Empty:
                 break
         kind = self._waiting[0].kind
