@@ -21,7 +21,13 @@ def origin() -> dict[str, Any]:
     """Machine, commit and command of this run. `load` is the one-minute load average before the run."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     machine = {"cpu": _cpu(), "threads": os.cpu_count(), "load": load, "system": platform.system()}
-    return {"machine": machine, "commit": _commit(), "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]])}
+    return {"machine": machine, "commit": _commit(), "command": command(sys.argv[1:])}
+
+
+def command(arguments: list[str]) -> str:
+    """The command line of a run. Absolute paths keep their last part: a result is read on other machines."""
+    parts = [Path(part).name if part.startswith("/") and Path(part).name else part for part in arguments]
+    return shlex.join(["python", "-m", "bench", *parts])
 
 
 def finish(name: str, figures: dict[str, Any], save: bool) -> None:
@@ -45,8 +51,8 @@ def _cpu() -> str:
 def _commit() -> str:
     """Short hash, with `+` when the tree differs from it; `unknown` outside a repository."""
     try:
-        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+        describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
