@@ -136,6 +136,10 @@ def hostile_header(model: Path) -> None:
     (model / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
 
 
+def broken_template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{% for %}")
+
+
 @pytest.mark.parametrize("command", ["serve", "chat"])
 @pytest.mark.parametrize(
     ("damage", "names"),
@@ -146,6 +150,7 @@ def hostile_header(model: Path) -> None:
         (no_weights, "safetensors"),
         (truncated_weights, "model.safetensors"),
         (hostile_header, "model.safetensors"),
+        (broken_template, "chat template"),
     ],
 )
 def test_a_damaged_model_is_one_line_that_names_the_file_and_status_1(command, damage, names, tmp_path):

@@ -30,6 +30,7 @@ Write = Callable[[str], object]
 def chat(config: EngineConfig) -> None:
     """Read lines and answer them until /quit or the end of input."""
     with Engine(config) as engine:
+        engine.tokenizer.compile_templates()
         write = _to_terminal
         write(f"{engine.startup.model}\n{HELP}\n")
         conversation = Conversation(engine, write)

@@ -49,7 +49,8 @@ class ChatTemplate:
         self._source = source
 
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def compiled(self) -> jinja2.Template:
+        """Made at the first use. Raises ModelLoadError."""
         import jinja2
 
         try:
@@ -77,7 +78,7 @@ class ChatTemplate:
         size = 0
         _deadline.set(time.monotonic() + TIME_LIMIT_S)
         try:
-            for part in self._template.generate(**variables):
+            for part in self.compiled.generate(**variables):
                 parts.append(part)
                 size += len(part)
                 if size > OUTPUT_LIMIT:

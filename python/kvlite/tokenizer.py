@@ -158,6 +158,11 @@ class Tokenizer:
             return _encode(self._control, rendered.text)
         return self._encode_protected(rendered)
 
+    def compile_templates(self) -> None:
+        """Does now what the first chat would do, for whoever must not find out then. Raises ModelLoadError."""
+        for template in self._templates.values():
+            _ = template.compiled
+
     def render_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> Rendered:

@@ -108,6 +108,7 @@ def serve(config: EngineConfig) -> int:
     """
     check_address(config)
     with bind(config.host, config.port) as listener, Engine(config) as engine:
+        engine.tokenizer.compile_templates()
         Console(stderr=True).print(startup_table(engine, url_of(listener)))
         return asyncio.run(_run(engine, config, listener))
 
