@@ -7,7 +7,7 @@ from typing import Any
 
 from kvlite.chat import Conversation
 from kvlite.errors import InvalidRequestError
-from kvlite.types import Delta
+from kvlite.types import Delta, FinishReason
 
 
 class ScriptedEngine:
@@ -18,6 +18,7 @@ class ScriptedEngine:
         self.texts = texts
         self.asked: list[Any] = []
         self.closed = 0
+        self.fails = False
         self._interrupt_after = interrupt_after
 
     def apply_chat_template(self, messages: Any) -> Any:
@@ -28,6 +29,9 @@ class ScriptedEngine:
     def stream(self, messages: Any) -> Iterator[Delta]:
         self.asked.append(messages)
         try:
+            if self.fails:
+                yield Delta(1, 0, "Os", (), finish_reason=FinishReason.ERROR, error="a step failed")
+                return
             for n, text in enumerate(self.texts):
                 if n == self._interrupt_after:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -54,6 +58,15 @@ def test_an_answer_becomes_part_of_the_conversation():
     ]
     talk.say("And Leon?")
     assert engine.asked[1] == [*talk.messages[:3], {"role": "user", "content": "And Leon?"}]
+
+
+def test_an_answer_that_fails_says_so_and_is_not_part_of_the_conversation():
+    engine = ScriptedEngine()
+    engine.fails = True
+    talk, written = conversation(engine)
+    assert talk.say("Where does Nora live?")
+    assert "".join(written) == "Os [a step failed]\n"
+    assert talk.messages == [] and engine.closed == 1
 
 
 def test_commands_end_reset_and_help():

@@ -16,7 +16,7 @@ from typing import cast
 from kvlite.config import EngineConfig
 from kvlite.engine import Engine
 from kvlite.errors import InvalidRequestError
-from kvlite.types import Delta
+from kvlite.types import Delta, FinishReason
 
 HELP = """\
 /doc TEXT   add a document that later questions are about
@@ -86,6 +86,9 @@ class Conversation:
             for delta in deltas:
                 parts.append(delta.text)
                 self._write(delta.text)
+                if delta.finish_reason in (FinishReason.ERROR, FinishReason.TIMEOUT):
+                    self._write(f" [{delta.error or delta.finish_reason}]\n")
+                    return
                 if interrupted():
                     self._write(" [stopped]")
                     break
