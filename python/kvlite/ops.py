@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -116,7 +115,7 @@ _DTYPE_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def _array(x: Tensor) -> npt.NDArray[Any]:
     """A numpy view of the same memory; 16-bit floats as uint16, because numpy has no bfloat16."""
     if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
-        return x.view(torch.int16).numpy().view(np.uint16)
+        return x.view(torch.uint16).numpy()
     return x.numpy()
 
 
