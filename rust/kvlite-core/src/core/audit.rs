@@ -31,8 +31,10 @@ impl Core {
         assert_eq!(self.seqs.iter().filter(is_leaving).count(), self.num_leaving, "leaving sequences are counted");
         let num_waiting = self.seqs.iter().filter(|seq| seq.status() == Status::Waiting).count();
         assert_eq!(num_waiting, self.waiting.len(), "whoever waits is in the queue");
+        // Requests, not sequences: choices that were preempted after their fork wait each on its own.
         let limit = (self.config.max_num_waiting + self.config.max_num_seqs) as usize;
-        assert!(num_waiting <= limit, "{num_waiting} sequences wait, the tables are made for {limit}");
+        let live = self.by_handle.len();
+        assert!(live <= limit, "{live} requests live, the tables are made for {limit}");
         for &(rank, choice, slot) in &self.waiting {
             let seq = self.seq(slot);
             assert_eq!(((rank, choice), Status::Waiting), (seq.order(), seq.status()), "the queue names its sequences");
