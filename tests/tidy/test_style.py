@@ -108,7 +108,7 @@ GOOD: list[tuple[Checker, Path, str]] = [
     (checks.too_long_functions, RS, "fn f() {\n" + "    g(\"{\", '{', b'{'); // {\n" * 67 + "}\n"),
     (checks.too_long_functions, RS, "trait T {\n    fn f(&self, x: [u8; 2]);\n" + "    // later\n" * 99 + "}\n"),
     (checks.unfinished, PY, 'method = "todo_list"\n'),
-    (checks.machine_paths, Path("README.md"), "curl http://host/work/x and tests/home/x\n"),
+    (checks.machine_paths, Path("README.md"), "curl http://host/home/x and tests/home/x\n"),
     (checks.forbidden_calls, PY, "import torch\ntorch.save\nmodel.eval()\nregex.compile('x')\n"),
     (checks.swallowed_errors, PY, "try:\n    f()\nexcept KeyError:\n    pass\n"),
     (checks.swallowed_errors, PY, "try:\n    f()\nexcept Exception:\n    log()\n    raise\n"),
