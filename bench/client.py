@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from .errors import BenchError
 
-HEADER_LIMIT = 1 << 16
 BODY_LIMIT = 1 << 24
 NAME = "kvlite-bench"
 

@@ -62,7 +62,6 @@ class Tokenizer:
         self.eos_token_id = self._named_id("eos_token")
         template = read_text(directory / "chat_template.jinja", limit=JSON_BYTES_LIMIT)
         self._templates = _templates(self._config, template)
-        self.has_chat_template = bool(self._templates)
 
     def _load(self) -> tokenizers.Tokenizer:
         try:

@@ -53,8 +53,6 @@ class KVPool:
             self.data = torch.zeros(sizes, dtype=shape.dtype, device=device)
         blocks_per_seq = -(-max_model_len // shape.block_size)
         self.block_table = torch.zeros((max_num_seqs + 1, blocks_per_seq), dtype=torch.int32, device=device)
-        self.layers = tuple((self.data[:, n, 0], self.data[:, n, 1]) for n in range(shape.num_layers))
-        """(k_cache, v_cache) per layer, each [num_blocks, block_size, kv_heads, head_dim], strided."""
 
     def apply(self, plan: Plan) -> None:
         """Block copies, then changes of the block table: both before anything of this plan is computed or stored."""

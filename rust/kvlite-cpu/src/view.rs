@@ -27,6 +27,17 @@ fn check(name: &'static str, len: usize, shape: &[usize], strides: &[usize]) -> 
     }
 }
 
+/// `check` for [rows, heads, dim] that is written: rows must not overlap either.
+fn check_written(
+    name: &'static str,
+    len: usize,
+    [rows, heads, dim]: [usize; 3],
+    row_stride: usize,
+) -> Result<(), Error> {
+    check(name, len, &[rows, heads, dim], &[row_stride, dim, 1])?;
+    if rows > 1 && row_stride < heads * dim { Err(Error::Extent { name, len }) } else { Ok(()) }
+}
+
 /// [rows, heads, dim] to read; one row is contiguous, rows are `row_stride` apart.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a, E> {
@@ -85,10 +96,7 @@ impl<'a, E: Element> RowsMut<'a, E> {
         [rows, heads, dim]: [usize; 3],
         row_stride: usize,
     ) -> Result<Self, Error> {
-        check(name, values.len(), &[rows, heads, dim], &[row_stride, dim, 1])?;
-        if rows > 1 && row_stride < heads * dim {
-            return Err(Error::Extent { name, len: values.len() });
-        }
+        check_written(name, values.len(), [rows, heads, dim], row_stride)?;
         Ok(RowsMut { values: values.as_mut_ptr(), rows, heads, dim, row_stride, memory: PhantomData })
     }
 
@@ -128,10 +136,7 @@ impl<'a, E: Element> RowsCells<'a, E> {
         [rows, heads, dim]: [usize; 3],
         row_stride: usize,
     ) -> Result<Self, Error> {
-        check(name, values.len(), &[rows, heads, dim], &[row_stride, dim, 1])?;
-        if rows > 1 && row_stride < heads * dim {
-            return Err(Error::Extent { name, len: values.len() });
-        }
+        check_written(name, values.len(), [rows, heads, dim], row_stride)?;
         Ok(RowsCells { values, rows, heads, dim, row_stride })
     }
 
