@@ -82,17 +82,19 @@ class Layout:
         max_model_len: int,
         block_size: int,
         max_num_waiting: int,
+        max_segments: int = 64,
     ) -> Layout:
         """The layout that plan.rs computes from the same limits."""
         t, s = max_num_batched_tokens, max_num_seqs
         nb = -(-max_model_len // block_size)
         n, u, c, f = t + s, 2 * nb + 4 * s + -(-t // block_size), 2 * s, s + max_num_waiting
+        p = s + max_segments
         shapes: dict[str, tuple[int, ...]] = {
             "header": (HEADER_LEN,), "token_ids": (t,), "positions": (t,), "last_key": (t,), "slot_mapping": (t,),
             "segment_slot": (t,), "query_start": (s + 1,), "context_len": (s,), "seq_row": (s,), "sample": (n, 3),
-            "block_update": (u, 3), "prefix_group": (s, 3), "place": (s, 6), "source_blocks": (2 * nb,),
-            "score": (s, 5), "block_copy": (c, 3), "admitted": (s, 5), "committed": (2 * s, 3), "finished": (f, 3),
-            "done_plan_id": (1,), "status": (1,), "sampled": (n,), "selected": (t,),
+            "block_update": (u, 3), "prefix_group": (s, 3), "place": (p, 6), "source_blocks": (2 * nb + p,),
+            "score": (s, 7), "block_copy": (c, 3), "admitted": (s, 5), "committed": (2 * s, 3), "finished": (f, 3),
+            "done_plan_id": (1,), "status": (1,), "sampled": (n,), "scored": (max_model_len, 2),
         }  # fmt: skip
         offsets: dict[str, int] = {}
         size = 0

@@ -5,6 +5,8 @@
 //! and fixed offsets for the life of a core; a write past a region's capacity is our own fault and panics.
 //! Written by `core::schedule` once per step; golden-tested in `tests/plan_golden.rs`.
 
+use std::ops::Range;
+
 use crate::config::CoreConfig;
 
 /// Regions of a plan, in arena order. `DonePlanId` and what follows it are inputs, written by the runner.
@@ -21,7 +23,7 @@ pub enum Region {
     LastKey,
     /// `[T]`: slot that receives the row's K and V.
     SlotMapping,
-    /// `[T]`: slot that receives unrotated K and V; -1 for none.
+    /// `[T]`: slot that receives K before RoPE, and V (rows of a segment being made); -1 for none.
     SegmentSlot,
     /// `[S + 1]`: first row of each sequence, cumulative.
     QueryStart,
@@ -35,11 +37,13 @@ pub enum Region {
     BlockUpdate,
     /// `[S, 3]`: first sequence, number of sequences, shared blocks.
     PrefixGroup,
-    /// `[S, 6]`: segment rows to place.
+    /// `[P, 6]`: seq_row, first target position, rows, offset in the segment, first entry of `SourceBlocks`, entries;
+    /// done after copies and table updates, before the forward pass.
     Place,
-    /// `[2 * NB]`: blocks that `Place` reads.
+    /// `[B]`: blocks that `Place` reads: a segment's, from its first one on.
     SourceBlocks,
-    /// `[S, 5]`: rows to score.
+    /// `[S, 7]`: index of the sequence in this plan, first scoring row, scoring rows, key_start, key_end, method_id,
+    /// round; at most one per sequence.
     Score,
     /// `[C, 3]`: direction, source block, target block; done before any store of this plan.
     BlockCopy,
@@ -55,12 +59,14 @@ pub enum Region {
     Status,
     /// `[N]`, input: sampled ids; below 0 is a fault of that row.
     Sampled,
-    /// `[T]`, input: rows chosen per score entry.
-    Selected,
+    /// `[SC, 2]`, input: weight and value (float32 bits) of each key of each score entry, one entry after the other.
+    Scored,
 }
 
-const NUM_REGIONS: usize = Region::Selected as usize + 1;
+const NUM_REGIONS: usize = Region::Scored as usize + 1;
 const HEADER_LEN: usize = 32;
+/// Spans per request.
+const MAX_SEGMENTS: usize = 64;
 
 /// Fields of the header by index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +154,7 @@ impl Layout {
         let samples = tokens + seqs;
         let updates = 2 * blocks + 4 * seqs + tokens.div_ceil(config.block_size as usize);
         let finished = seqs + config.max_num_waiting as usize;
+        let places = seqs + MAX_SEGMENTS;
         let shapes = [
             ("header", HEADER_LEN, 1),
             ("token_ids", tokens, 1),
@@ -161,9 +168,9 @@ impl Layout {
             ("sample", samples, 3),
             ("block_update", updates, 3),
             ("prefix_group", seqs, 3),
-            ("place", seqs, 6),
-            ("source_blocks", 2 * blocks, 1),
-            ("score", seqs, 5),
+            ("place", places, 6),
+            ("source_blocks", 2 * blocks + places, 1),
+            ("score", seqs, 7),
             ("block_copy", 2 * seqs, 3),
             ("admitted", seqs, 5),
             ("committed", 2 * seqs, 3),
@@ -171,7 +178,7 @@ impl Layout {
             ("done_plan_id", 1, 1),
             ("status", 1, 1),
             ("sampled", samples, 1),
-            ("selected", tokens, 1),
+            ("scored", config.max_model_len as usize, 2),
         ];
         let mut len = 0;
         let regions = shapes.map(|(name, rows, cols)| {
@@ -245,9 +252,10 @@ impl<'a> PlanWriter<'a> {
         self.counts[Region::Sample as usize] as u32
     }
 
-    /// Appends one row: token `id` (-1: the device's own) at `position`, stored at `slot`; sees keys up to `position`.
+    /// Appends one row: token `id` (-1: the device's own) at `position`, stored at `slot` and, before RoPE, at
+    /// `segment_slot` (-1: nowhere); sees keys up to `position`.
     #[inline]
-    pub fn token(&mut self, id: i32, position: u32, slot: u32) {
+    pub fn token(&mut self, id: i32, position: u32, slot: u32, segment_slot: i32) {
         let at = self.num_tokens;
         assert!(at < self.layout.rows(Region::TokenIds), "the token budget is checked before rows are written");
         for (region, value) in [
@@ -255,7 +263,7 @@ impl<'a> PlanWriter<'a> {
             (Region::Positions, position as i32),
             (Region::LastKey, position as i32),
             (Region::SlotMapping, slot as i32),
-            (Region::SegmentSlot, -1),
+            (Region::SegmentSlot, segment_slot),
         ] {
             self.arena[self.layout.offset(region) + at] = value;
         }
@@ -293,6 +301,29 @@ impl<'a> PlanWriter<'a> {
         self.push(Region::BlockCopy, [0, source as i32, target as i32]);
     }
 
+    /// Places `len` rows of a segment, from its row `offset` on, at `position` of `seq_row`; `sources` are the segment's
+    /// blocks, beginning with its first.
+    pub fn place(&mut self, seq_row: u32, position: u32, len: u32, offset: u32, sources: impl Iterator<Item = u32>) {
+        let first = self.counts[Region::SourceBlocks as usize];
+        sources.for_each(|block| self.push(Region::SourceBlocks, [block as i32]));
+        let count = self.counts[Region::SourceBlocks as usize] - first;
+        let row = [seq_row, position, len, offset, first as u32, count as u32];
+        self.push(Region::Place, row.map(|value| value as i32));
+    }
+
+    /// Asks what `rows` (of the sequence that `sequence` closes next) say about the keys of `hull`; returns the first of
+    /// their rows in `Scored`. Until the runner writes those, they weigh nothing.
+    pub fn score(&mut self, rows: Range<usize>, hull: Range<u32>, method_id: u32, round: u32) -> u32 {
+        let (first, len) = (self.counts[Region::Scored as usize], hull.len());
+        assert!(len <= self.room(Region::Scored), "region scored is full: room() is asked first");
+        self.counts[Region::Scored as usize] = first + len;
+        self.arena[self.layout.offset(Region::Scored) + 2 * first..][..2 * len].fill(0);
+        let row = [self.num_seqs, rows.start, rows.len(), hull.start as usize, hull.end as usize];
+        let [seq, start, count, key_start, key_end] = row.map(|value| value as i32);
+        self.push(Region::Score, [seq, start, count, key_start, key_end, method_id as i32, round as i32]);
+        first as u32
+    }
+
     /// Announces that a sequence holds `seq_row` from now on.
     pub fn admitted(&mut self, handle: i32, choice: u32, seq_row: u32, cause: Cause, cached_len: u32) {
         self.push(Region::Admitted, [handle, choice as i32, seq_row as i32, cause as i32, cached_len as i32]);
@@ -318,6 +349,9 @@ impl<'a> PlanWriter<'a> {
         header[Header::NumSeqs as usize] = self.num_seqs as i32;
         header[Header::NumSamples as usize] = count(Region::Sample);
         header[Header::NumBlockUpdates as usize] = count(Region::BlockUpdate);
+        header[Header::NumPlaces as usize] = count(Region::Place);
+        header[Header::NumSourceBlocks as usize] = count(Region::SourceBlocks);
+        header[Header::NumScores as usize] = count(Region::Score);
         header[Header::NumBlockCopies as usize] = count(Region::BlockCopy);
         header[Header::NumAdmitted as usize] = count(Region::Admitted);
         header[Header::NumCommitted as usize] = count(Region::Committed);
@@ -367,6 +401,9 @@ impl<'a> PlanView<'a> {
         let count = match region {
             Region::Sample => Header::NumSamples,
             Region::BlockUpdate => Header::NumBlockUpdates,
+            Region::Place => Header::NumPlaces,
+            Region::SourceBlocks => Header::NumSourceBlocks,
+            Region::Score => Header::NumScores,
             Region::BlockCopy => Header::NumBlockCopies,
             Region::Admitted => Header::NumAdmitted,
             Region::Committed => Header::NumCommitted,

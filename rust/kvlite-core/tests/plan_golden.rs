@@ -54,20 +54,20 @@ fn regions_keep_their_order_and_offsets() {
         ("sample", 82, 11, 3),
         ("block_update", 115, 24, 3),
         ("prefix_group", 187, 3, 3),
-        ("place", 196, 3, 6),
-        ("source_blocks", 214, 10, 1),
-        ("score", 224, 3, 5),
-        ("block_copy", 239, 6, 3),
-        ("admitted", 257, 3, 5),
-        ("committed", 272, 6, 3),
-        ("finished", 290, 5, 3),
-        ("done_plan_id", 305, 1, 1),
-        ("status", 306, 1, 1),
-        ("sampled", 307, 11, 1),
-        ("selected", 318, 8, 1),
+        ("place", 196, 67, 6),
+        ("source_blocks", 598, 77, 1),
+        ("score", 675, 3, 7),
+        ("block_copy", 696, 6, 3),
+        ("admitted", 714, 3, 5),
+        ("committed", 729, 6, 3),
+        ("finished", 747, 5, 3),
+        ("done_plan_id", 762, 1, 1),
+        ("status", 763, 1, 1),
+        ("sampled", 764, 11, 1),
+        ("scored", 775, 18, 2),
     ];
     assert_eq!(regions, expected);
-    assert_eq!(layout.len(), 326);
+    assert_eq!(layout.len(), 811);
 }
 
 struct Device {

@@ -113,7 +113,7 @@ impl Core {
         let (mut index, mut offset) = (start / block_size, start % block_size);
         for position in start..end {
             let id = seq.tokens.get(position as usize).copied().unwrap_or(-1);
-            plan.token(id, position, seq.blocks[index as usize].index * block_size + offset);
+            plan.token(id, position, seq.blocks[index as usize].index * block_size + offset, -1);
             offset += 1;
             if offset == block_size {
                 (index, offset) = (index + 1, 0);
