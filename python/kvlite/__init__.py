@@ -18,6 +18,18 @@ from kvlite.errors import (
     InvalidRequestError,
     KvliteError,
     ModelLoadError,
+    UnknownDocumentError,
+)
+from kvlite.reuse_types import (
+    Document,
+    PrecomputeReport,
+    Reuse,
+    ReuseMode,
+    ReuseReport,
+    Segment,
+    SegmentHit,
+    SegmentReport,
+    VerifyReport,
 )
 from kvlite.types import (
     CompletionOutput,
@@ -27,7 +39,6 @@ from kvlite.types import (
     Logprob,
     RequestOptions,
     RequestOutput,
-    Reuse,
     SamplingParams,
     TokenLogprobs,
     Usage,
@@ -43,6 +54,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "Delta",
+    "Document",
     "Engine",
     "EngineClosedError",
     "EngineConfig",
@@ -53,12 +65,20 @@ __all__ = [
     "KvliteError",
     "Logprob",
     "ModelLoadError",
+    "PrecomputeReport",
     "RequestOptions",
     "RequestOutput",
     "Reuse",
+    "ReuseMode",
+    "ReuseReport",
     "SamplingParams",
+    "Segment",
+    "SegmentHit",
+    "SegmentReport",
     "TokenLogprobs",
+    "UnknownDocumentError",
     "Usage",
+    "VerifyReport",
 ]
 
 # OpenMP's threads spin while they wait; beside other busy processes a decode step then takes 50 times as long. Read by

@@ -45,6 +45,14 @@ class Policy(StrEnum):
     FCFS = "fcfs"
 
 
+class DefaultReuse(StrEnum):
+    """What a request takes from the cache when it does not say; see kvlite.ReuseMode."""
+
+    OFF = "off"
+    PREFIX = "prefix"
+    BLEND = "blend"
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is known of one field beside its name and default: enough to print, parse and check it."""
@@ -106,6 +114,21 @@ class EngineConfig:
     max_num_waiting: int = _setting(1024, int, "requests that may wait", low=1, high=1 << 20, core=True)
     enable_prefix_caching: bool = _setting(True, bool, "keep finished KV for later prompts", core=True)
     policy: Policy = _setting(Policy.FCFS, Policy, "order of admission", core=True)  # noqa: RUF009
+    reuse: DefaultReuse = _setting(DefaultReuse.PREFIX, DefaultReuse, "cached KV that a request takes unless it says")  # noqa: RUF009
+    reuse_method: str = _setting("query", str, "how blended requests choose the rows to recompute")
+    recompute_ratio: float = _setting(
+        0.15, float, "share of a blended request's reused rows that is recomputed", low=0.0, high=1.0
+    )
+    segment_cache_ratio: float = _setting(0.5, float, "share of the KV pool that segments may take", low=0.0, high=1.0)
+    max_documents: int = _setting(64, int, "documents per request", low=1, high=4096)
+    max_stored_documents: int = _setting(4096, int, "documents kept by id", low=0, high=1 << 20)
+    min_agreement: float | None = _setting(
+        None, float, "share of blended first tokens that must be the exact ones; 0 only measures", low=0.0, high=1.0,
+        auto="not measured",
+    )  # fmt: skip
+    agreement_sample_ratio: float = _setting(
+        0.02, float, "share of blended requests that is also computed exactly, for min_agreement", low=1e-6, high=1.0
+    )
     reserve_tokens: int = _setting(
         64, int, "output set aside per running sequence at admission", low=0, high=1 << 24, unit="tokens", core=True
     )
@@ -129,7 +152,14 @@ class EngineConfig:
     host: str = _setting("127.0.0.1", str, "address to listen on", server=True)
     port: int = _setting(8000, int, "port to listen on; 0 takes a free one", low=0, high=65535, server=True)
     api_key: str | None = _setting(
-        None, str, "key that clients must send", auto="none; loopback only", secret=True, server=True
+        None, str, "key that clients must send; several, with commas between, are tenants", auto="none; loopback only",
+        secret=True, server=True,
+    )  # fmt: skip
+    admin_key: str | None = _setting(
+        None, str, "key that may publish documents for every tenant", auto="none", secret=True, server=True
+    )
+    public_documents: str | None = _setting(
+        None, str, "JSON-lines file of documents (id, title, text) that every tenant may use", auto="none", server=True
     )
     max_body_bytes: int = _setting(
         1 << 20, int, "size of one request body", low=1024, high=1 << 30, unit="bytes", server=True

@@ -24,6 +24,7 @@ from kvlite.inflight import REASONS, InFlight
 from kvlite.output import Collector
 from kvlite.progress import Bar
 from kvlite.request import RequestLimits, ValidatedRequest, validate
+from kvlite.reuse_types import Reuse
 from kvlite.runner.plan import Plan
 from kvlite.runner.sampler import choice_seed
 from kvlite.startup import Startup, build
@@ -34,7 +35,6 @@ from kvlite.types import (
     FinishReason,
     RequestOptions,
     RequestOutput,
-    Reuse,
     SamplingParams,
 )
 
@@ -118,7 +118,7 @@ class Engine:
                 priority=request.options.priority,
                 deadline_ms=now_ms + int(request.timeout_s * 1000),
                 tenant=request.options.tenant,
-                use_cache=request.options.reuse is not Reuse.OFF,
+                use_cache=request.options.reuse != Reuse.OFF,
                 prompt_logprobs=params.prompt_logprobs is not None,
                 now_ms=now_ms,
             )

@@ -20,6 +20,14 @@ class InvalidRequestError(KvliteError, ValueError):
         self.message = message
 
 
+class UnknownDocumentError(InvalidRequestError):
+    """No stored document of this tenant, and no public one, has that id (HTTP 404)."""
+
+    def __init__(self, param: str, id: str) -> None:
+        super().__init__(param, f"document {id[:64]!r} does not exist: create it first, or send its text")
+        self.id = id
+
+
 class ConfigError(KvliteError, ValueError):
     """A setting has a value outside its range; `field` names it."""
 

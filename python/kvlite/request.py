@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvlite.checks import check_integer, check_number
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError
-from kvlite.types import GenerationDefaults, RequestOptions, Reuse, SamplingParams, check_integer, check_number
+from kvlite.reuse_types import Reuse
+from kvlite.types import GenerationDefaults, RequestOptions, SamplingParams
 
 PRIORITY_LIMIT = 1_000_000
 TENANT_LIMIT = (1 << 31) - 1
@@ -162,8 +164,8 @@ def _check_params(limits: RequestLimits, params: SamplingParams) -> None:
 def _check_options(limits: RequestLimits, options: RequestOptions) -> float:
     check_integer("priority", options.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
     check_integer("tenant", options.tenant, 0, TENANT_LIMIT)
-    if not isinstance(options.reuse, Reuse):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError("reuse", f"{options.reuse!r} is not allowed: must be one of {', '.join(Reuse)}")
+    if options.reuse is not None and not isinstance(options.reuse, Reuse):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequestError("reuse", f"{options.reuse!r} is not allowed: must be a kvlite.Reuse")
     check_number("timeout_s", options.timeout_s, 0.0, 1e6, optional=True)
     if options.timeout_s == 0:
         raise InvalidRequestError("timeout_s", "0 is out of range: must be above 0 and at most 1e6")

@@ -1,18 +1,19 @@
 """What goes in and comes out: SamplingParams, outputs, deltas, usage, statistics.
 
-Owns shapes and absolute ranges; limits that the operator sets are checked in request.py. Imports nothing of ours but
-errors. Every class is frozen: a value that passed its constructor is in range for ever. Used by everyone.
+Owns shapes and absolute ranges; limits that the operator sets are checked in request.py. Imports leaves
+alone. Every class is frozen: a value that passed its constructor is in range for ever. Used by everyone.
 """
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from kvlite.checks import INT32_MAX, check_flag, check_integer, check_number
 from kvlite.errors import InvalidRequestError
+from kvlite.reuse_types import Reuse, ReuseReport
 
 # Ceilings that no configuration lifts; config.py holds the lower limits that an operator sets.
 N_CEILING = 128
@@ -21,7 +22,6 @@ STOP_BYTES_CEILING = 4096
 STOP_IDS_CEILING = 32
 LOGPROBS_CEILING = 1024
 LOGIT_BIAS_CEILING = 1 << 16
-INT32_MAX = (1 << 31) - 1
 
 
 class FinishReason(StrEnum):
@@ -53,32 +53,6 @@ class GenerationDefaults:
             raise InvalidRequestError("eos_token_id", f"{len(self.eos_token_ids)} ids, at most {STOP_IDS_CEILING}")
         for token in self.eos_token_ids:
             check_integer("eos_token_id", token, 0, INT32_MAX)
-
-
-def check_number(param: str, value: float | None, low: float, high: float, *, optional: bool = False) -> None:
-    """Raises InvalidRequestError unless `value` is a finite number in [low, high], or None where that is allowed."""
-    if value is None and optional:
-        return
-    is_finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if value is None or isinstance(value, bool) or not is_finite:
-        raise InvalidRequestError(param, f"{reprlib.repr(value)} is not a finite number between {low:g} and {high:g}")
-    if not low <= value <= high:
-        raise InvalidRequestError(param, f"{reprlib.repr(value)} is out of range: must be between {low:g} and {high:g}")
-
-
-def check_integer(param: str, value: int | None, low: int, high: int, *, optional: bool = False) -> None:
-    """Raises InvalidRequestError unless `value` is an integer in [low, high], or None where that is allowed."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError(param, f"{reprlib.repr(value)} is not an integer between {low} and {high}")
-    if not low <= value <= high:
-        raise InvalidRequestError(param, f"{reprlib.repr(value)} is out of range: must be between {low} and {high}")
-
-
-def _flag(param: str, value: bool) -> None:
-    if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError(param, f"{reprlib.repr(value)} is not true or false")
 
 
 def _check_distribution(given: GenerationDefaults | SamplingParams) -> None:
@@ -134,7 +108,7 @@ class SamplingParams:
         check_integer("logprobs", self.logprobs, 0, LOGPROBS_CEILING, optional=True)
         check_integer("prompt_logprobs", self.prompt_logprobs, 0, LOGPROBS_CEILING, optional=True)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            _flag(name, getattr(self, name))
+            check_flag(name, getattr(self, name))
         object.__setattr__(self, "logit_bias", self._checked_bias())
         object.__setattr__(self, "stop", self._checked_stop())
         object.__setattr__(self, "stop_token_ids", self._checked_stop_ids())
@@ -193,13 +167,6 @@ class SamplingParams:
         return ids
 
 
-class Reuse(StrEnum):
-    """Which cached KV a request may take. Both are exact; what a request computes is kept for others either way."""
-
-    OFF = "off"
-    PREFIX = "prefix"
-
-
 @dataclass(frozen=True)
 class RequestOptions:
     """Everything of a request but its tokens and sampling. Checked with the request, by `request.validate`."""
@@ -210,7 +177,8 @@ class RequestOptions:
     """None: the engine's request_timeout_s."""
     tenant: int = 0
     """Nothing is shared between tenants."""
-    reuse: Reuse = Reuse.PREFIX
+    reuse: Reuse | None = None
+    """None: as the engine's settings say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +206,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    """Prompt tokens whose KV came from the cache."""
+    """Prompt tokens whose KV came from the cache: the same beginning, or a segment that was not recomputed."""
 
     @property
     def total_tokens(self) -> int:
@@ -265,6 +233,8 @@ class Delta:
     """Of the whole request; on the last delta of its last choice."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """On the first delta of choice 0, when asked; the first entry is None."""
+    reuse: ReuseReport | None = None
+    """Of the whole request, beside `usage`; None when it ended before it was admitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +259,8 @@ class RequestOutput:
     usage: Usage
     prompt: str | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    reuse: ReuseReport | None = None
+    """None when the request ended before it was admitted."""
 
     @property
     def text(self) -> str:
@@ -313,6 +285,25 @@ class EngineStats:
     owned_blocks: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache."""
+    blended_tokens: int = 0
+    """Prompt tokens taken from segments and kept."""
+    recomputed_tokens: int = 0
+    """Prompt tokens taken from segments and recomputed."""
+    segment_hit_tokens: int = 0
+    """Tokens of segments that were in the store when a request wanted them."""
+    num_segments: int = 0
+    segment_blocks: int = 0
+    pinned_blocks: int = 0
+    num_documents: int = 0
+    num_agreement_samples: int = 0
+    """Blended requests that were also computed exactly."""
+    agreement: float | None = None
+    """Share of the last of them with the same most likely first token."""
+    kl_divergence: float | None = None
+    """KL(exact || blended) of their first token, nats, mean."""
+    num_fallbacks: int = 0
+    """Blended requests that the quality floor had computed at a higher ratio, or exactly."""
     generated_tokens: int = 0
     num_steps: int = 0
     num_failed_steps: int = 0

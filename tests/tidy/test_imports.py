@@ -14,7 +14,7 @@ import pytest
 
 from tests.tidy.sources import ROOT, blank_rust, read, sources, without_rust_tests
 
-LEAVES = {"errors", "types", "config", "progress"}
+LEAVES = {"errors", "checks", "reuse_types", "types", "config", "progress"}
 COMPUTE = LEAVES | {"_core", "ops"}
 REQUEST = LEAVES | {"chat_template", "tokenizer", "request"}
 ENGINE = REQUEST | {"engine"}
@@ -22,7 +22,9 @@ SERVING = ENGINE | {"async_engine"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "types": {"errors"},
+    "checks": {"errors"},
+    "reuse_types": {"errors", "checks"},
+    "types": {"errors", "checks", "reuse_types"},
     "config": {"errors"},
     "progress": set(),
     "ops": LEAVES | {"_core", "kernels"},
