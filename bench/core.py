@@ -76,6 +76,10 @@ class Loop:
             "attention_cost_tokens": 4096,
             "reserve_tokens": 0,
             "watermark_ratio": 1.0,
+            "segment_cache_ratio": 0.0,
+            "model_digest": 0,
+            "canonical_prefix": [],
+            "max_segments": 1,
             "hash_seed": 1,
         }
         layout = Layout.of(**limits)

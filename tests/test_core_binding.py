@@ -28,6 +28,10 @@ CONFIG: dict[str, Any] = {
     "attention_cost_tokens": 1000,
     "reserve_tokens": 4,
     "watermark_ratio": 0.95,
+    "segment_cache_ratio": 0.5,
+    "model_digest": 0,
+    "canonical_prefix": [],
+    "max_segments": 4,
     "hash_seed": 1,
 }
 REQUEST: dict[str, Any] = {

@@ -18,6 +18,7 @@ import torch
 from kvlite import _core
 from kvlite.config import Device, DType, EngineConfig
 from kvlite.errors import ConfigError, ModelLoadError
+from kvlite.model_files import load_generation_defaults
 from kvlite.models import Decoder, ModelConfig, load_config, load_model
 from kvlite.ops import Ops, select
 from kvlite.request import RequestLimits
@@ -25,7 +26,7 @@ from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
 from kvlite.runner.sampler import Sampler
-from kvlite.tokenizer import Tokenizer, load_generation_defaults
+from kvlite.tokenizer import Tokenizer
 
 SHIPPED_MODEL = Path(__file__).parent / "model"
 NUM_BLOCKS_MAX = (1 << 31) - 1
@@ -206,6 +207,10 @@ def _core_and_arenas(
         "num_blocks": limits.pool_tokens // config.block_size,
         "vocab_size": model.vocab_size,
         "attention_cost_tokens": attention_cost_tokens(model),
+        "segment_cache_ratio": 0.5,
+        "model_digest": 0,
+        "canonical_prefix": [],
+        "max_segments": 64,
         "hash_seed": secrets.randbits(63),
     }
     layout = Layout.of(

@@ -12,16 +12,16 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::Criterion;
-use kvlite_core::cache::{Cache, Inserted, Provenance};
-use kvlite_core::{BlockId, CoreConfig, Namespace, PolicyKind, TenantId, Token};
+use kvlite_core::cache::{Cache, Inserted};
+use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
 
 const BLOCK_SIZE: usize = 16;
 const NUM_LEAVES: usize = 1_000;
 const BLOCKS_PER_LEAF: usize = 16;
 const EVICTED_AT_ONCE: usize = 64;
 
-fn namespace() -> Namespace {
-    Namespace::exact(TenantId(0))
+fn label() -> Label {
+    Label::exact(TenantId(0))
 }
 
 /// Tokens of document `id`: no two documents begin alike.
@@ -52,6 +52,10 @@ impl Fixture {
             attention_cost_tokens: 1,
             reserve_tokens: 0,
             watermark_ratio: 1.0,
+            segment_cache_ratio: 0.5,
+            model_digest: 0,
+            canonical_prefix: vec![],
+            max_segments: 4,
             hash_seed: 7,
         };
         Fixture { cache: Cache::new(&config), blocks: Vec::with_capacity(num_blocks), num_documents: 0 }
@@ -66,7 +70,7 @@ impl Fixture {
     fn insert(&mut self, tokens: &[Token], blocks: &[BlockId]) -> BlockId {
         let mut parent = None;
         for (tokens, &block) in tokens.chunks_exact(BLOCK_SIZE).zip(blocks) {
-            let done = self.cache.insert(namespace(), parent, tokens, block, Provenance::Exact);
+            let done = self.cache.insert(label(), parent, tokens, block);
             assert_eq!(done, Inserted::New);
             if let Some(parent) = parent.replace(block) {
                 self.cache.unpin(parent);
@@ -159,13 +163,13 @@ fn bench_match(
     };
     fixture.remember_leaves();
     let mut hits = Vec::with_capacity(num_blocks);
-    fixture.cache.match_prefix(namespace(), &tokens, usize::MAX, &mut hits);
+    fixture.cache.match_prefix(Lookup::exact(label()), &tokens, usize::MAX, &mut hits);
     assert_eq!(hits.len(), num_blocks, "the whole document is in the tree");
     figures.measure(criterion, name, num_blocks * BLOCK_SIZE, |iterations| {
         let start = Instant::now();
         for _ in 0..iterations {
             hits.clear();
-            black_box(fixture.cache.match_prefix(namespace(), black_box(&tokens), usize::MAX, &mut hits));
+            black_box(fixture.cache.match_prefix(Lookup::exact(label()), black_box(&tokens), usize::MAX, &mut hits));
         }
         start.elapsed()
     });

@@ -4,6 +4,7 @@
 //! Knows neither models nor bytes: Python turns a memory budget into `num_blocks`.
 
 use crate::error::CoreError;
+use crate::ids::Token;
 
 /// Order in which waiting requests are admitted; see `sched::policy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,14 @@ pub struct CoreConfig {
     pub attention_cost_tokens: u32,
     /// Output tokens for which admission sets room aside per running sequence.
     pub reserve_tokens: u32,
+    /// Share of the pool that segments may fill, 0 to 1; 0 keeps none.
+    pub segment_cache_ratio: f64,
+    /// Keys the digest of segments: model, dtype and RoPE in one number.
+    pub model_digest: u64,
+    /// Tokens behind which each segment is computed; not part of it.
+    pub canonical_prefix: Vec<Token>,
+    /// Spans of one request.
+    pub max_segments: u32,
     /// Share of the pool that admission may promise (theta), 0 < ratio <= 1.
     pub watermark_ratio: f64,
     /// Seed of the tree's hash table. No decision depends on it; it only makes chosen collisions hard.
@@ -65,6 +74,17 @@ impl CoreConfig {
         range("reserve_tokens", self.reserve_tokens.into(), 0, i32::MAX as u64)?;
         if !(self.watermark_ratio > 0.0 && self.watermark_ratio <= 1.0) {
             return Err(CoreError::Watermark { value: self.watermark_ratio });
+        }
+        if !(0.0..=1.0).contains(&self.segment_cache_ratio) {
+            return Err(CoreError::SegmentCache { value: self.segment_cache_ratio });
+        }
+        range("max_segments", self.max_segments.into(), 1, 1 << 12)?;
+        let prefix_len = self.canonical_prefix.len() as u64;
+        range("canonical_prefix (tokens)", prefix_len, 0, u64::from(self.max_model_len) - 2)?;
+        for (index, &token) in self.canonical_prefix.iter().enumerate() {
+            if u32::try_from(token).map_or(true, |id| id >= self.vocab_size) {
+                return Err(CoreError::CanonicalPrefix { index, token, vocab_size: self.vocab_size });
+            }
         }
         Ok(())
     }

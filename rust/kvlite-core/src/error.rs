@@ -25,6 +25,22 @@ pub enum CoreError {
         /// What was given.
         value: f64,
     },
+    /// The segments' part of the pool is no share.
+    #[error("segment_cache_ratio is {value}, allowed is a share from 0 to 1")]
+    SegmentCache {
+        /// What was given.
+        value: f64,
+    },
+    /// The canonical prefix names a token that the model does not have.
+    #[error("canonical_prefix token {index} is {token}, allowed are 0 to {vocab_size} (exclusive)")]
+    CanonicalPrefix {
+        /// Position in the prefix.
+        index: usize,
+        /// What was given.
+        token: i32,
+        /// Ids are below this.
+        vocab_size: u32,
+    },
     /// Nothing to compute.
     #[error("the prompt is empty, at least one token is needed")]
     EmptyPrompt,

@@ -27,19 +27,54 @@ impl fmt::Debug for BlockId {
     }
 }
 
-/// The root under which a prompt is looked up: one per tenant for exact KV. Recipes of blended KV get roots of their own.
+/// What the KV of a block in the tree is, and so who may read it: the exact KV of one tenant, or what one recipe made.
+///
+/// A number below 2^31 is a tenant's exact KV, one from there on a recipe's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Namespace(u32);
+pub struct Label(u32);
 
-impl Namespace {
-    /// The exact-KV root of `tenant`.
-    pub fn exact(tenant: TenantId) -> Namespace {
-        assert!(tenant.0 < 1 << 31, "tenant ids are below 2^31; `add` checks them");
-        Namespace(tenant.0)
+/// Numbers from here on are recipes.
+const RECIPE_BIT: u32 = 1 << 31;
+
+impl Label {
+    /// Exact KV that every tenant may read and only an operator publishes: the tenant 2^31 - 1.
+    pub const PUBLIC: Label = Label(RECIPE_BIT - 1);
+
+    /// The exact KV of `tenant`.
+    pub fn exact(tenant: TenantId) -> Label {
+        assert!(tenant.0 < RECIPE_BIT, "tenant ids are below 2^31; `add` checks them");
+        Label(tenant.0)
     }
 
-    /// The number that stands for this root in a block's parent field.
+    /// What the recipe `number`, below 2^31, made.
+    pub fn recipe(number: u32) -> Label {
+        assert!(number < RECIPE_BIT, "recipes are numbered below 2^31");
+        Label(number | RECIPE_BIT)
+    }
+
+    /// Whether KV of this label was made by plain forward passes over everything before it.
+    pub fn is_exact(self) -> bool {
+        self.0 < RECIPE_BIT
+    }
+
+    /// The number, for a hash.
     pub(crate) fn number(self) -> u32 {
         self.0
+    }
+}
+
+/// Which labels a prompt may read, by block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lookup {
+    /// Read, beside [`Label::PUBLIC`], wherever no recipe is asked for.
+    pub own: Label,
+    /// A recipe's label and the first block of the prompt that has to carry it.
+    pub recipe: Option<(Label, usize)>,
+}
+
+impl Lookup {
+    /// Exact KV alone.
+    pub fn exact(own: Label) -> Lookup {
+        Lookup { own, recipe: None }
     }
 }

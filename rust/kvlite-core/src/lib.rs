@@ -16,6 +16,6 @@ mod sequence;
 pub use crate::core::{Core, CoreStats, MAX_STOP_TOKEN_IDS, Request};
 pub use config::{CoreConfig, PolicyKind};
 pub use error::CoreError;
-pub use ids::{BlockId, Namespace, TenantId, Token};
+pub use ids::{BlockId, Label, Lookup, TenantId, Token};
 pub use plan::Layout;
 pub use sequence::FinishReason;

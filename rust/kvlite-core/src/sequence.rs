@@ -5,7 +5,7 @@
 //! samples in flight; blocks[..tree_len] are in the tree and pinned through their last one, the rest is private.
 //! Used by `core` alone.
 
-use crate::ids::{BlockId, Namespace, TenantId, Token};
+use crate::ids::{BlockId, Label, TenantId, Token};
 
 /// The policy's number, then the arrival, which makes it unique; smaller is sooner.
 pub(crate) type Rank = (i64, u64);
@@ -85,8 +85,8 @@ pub(crate) struct Sequence {
     pub request: u32,
     /// 0..n of the request.
     pub choice: u32,
-    /// Root of its lookups.
-    pub namespace: Namespace,
+    /// Whose exact KV it reads and publishes.
+    pub label: Label,
     /// Order among all sequences, smaller first; given by the policy once, kept through preemptions.
     pub rank: Rank,
     status: Status,
@@ -132,20 +132,13 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// A waiting sequence with its own copy of `tokens`, reserved to `end_len`.
-    pub fn new(
-        request: u32,
-        choice: u32,
-        namespace: Namespace,
-        rank: Rank,
-        prompt: &[Token],
-        end_len: u32,
-    ) -> Sequence {
+    pub fn new(request: u32, choice: u32, label: Label, rank: Rank, prompt: &[Token], end_len: u32) -> Sequence {
         let mut tokens = Vec::with_capacity(end_len as usize);
         tokens.extend_from_slice(prompt);
         Sequence {
             request,
             choice,
-            namespace,
+            label,
             rank,
             status: Status::Waiting,
             tokens,
@@ -172,7 +165,7 @@ impl Sequence {
 
     /// What an empty slot of the table holds.
     pub fn vacant() -> Sequence {
-        let mut seq = Sequence::new(u32::MAX, 0, Namespace::exact(TenantId(0)), (0, 0), &[], 0);
+        let mut seq = Sequence::new(u32::MAX, 0, Label::exact(TenantId(0)), (0, 0), &[], 0);
         seq.status = Status::Vacant;
         seq
     }
@@ -180,7 +173,7 @@ impl Sequence {
     /// A further choice that starts with a row, before its prompt is computed.
     pub fn forked_from(parent: &Sequence, choice: u32) -> Sequence {
         let prompt = &parent.tokens[..parent.prompt_len as usize];
-        let mut fork = Sequence::new(parent.request, choice, parent.namespace, parent.rank, prompt, parent.end_len);
+        let mut fork = Sequence::new(parent.request, choice, parent.label, parent.rank, prompt, parent.end_len);
         fork.stop_mask = parent.stop_mask;
         fork.status = Status::Forked;
         fork

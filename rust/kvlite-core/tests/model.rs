@@ -5,8 +5,8 @@
 
 mod naive;
 
-use kvlite_core::cache::{BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, Provenance};
-use kvlite_core::{BlockId, CoreConfig, Namespace, PolicyKind, TenantId, Token};
+use kvlite_core::cache::{BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES};
+use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
 use naive::{Entry, Naive, Random, Regime};
 
 const OPERATIONS_PER_SEED: usize = 5_000;
@@ -61,6 +61,10 @@ impl Pair {
             attention_cost_tokens: 1,
             reserve_tokens: 0,
             watermark_ratio: 1.0,
+            segment_cache_ratio: 0.5,
+            model_digest: 0,
+            canonical_prefix: vec![],
+            max_segments: 4,
             hash_seed: seed,
         };
         let naive = Naive { regime, entries: vec![], private: vec![], in_transfer: vec![], named: vec![], clock: 0 };
@@ -98,8 +102,8 @@ impl Pair {
         let (tenant, tokens) = self.prompt();
         let max_blocks = if self.random.below(4) == 0 { self.random.index(4) } else { usize::MAX };
         self.out.clear();
-        let namespace = Namespace::exact(TenantId(tenant));
-        let partial = self.cache.match_prefix(namespace, &tokens, max_blocks, &mut self.out);
+        let lookup = Lookup::exact(Label::exact(TenantId(tenant)));
+        let partial = self.cache.match_prefix(lookup, &tokens, max_blocks, &mut self.out);
         let (hits, naive_partial) = self.naive.longest_match(tenant, &tokens, max_blocks);
         assert_eq!(self.out, hits, "hits of {tokens:?}, at most {max_blocks}, tenant {tenant}");
         assert_eq!(partial, naive_partial, "partial hit of {tokens:?}, at most {max_blocks}, tenant {tenant}");
@@ -169,7 +173,7 @@ impl Pair {
         let vocab = if parent.is_none() && self.random.below(4) > 0 { 1 } else { self.naive.regime.vocab };
         let tokens = self.tokens(self.naive.regime.block_size, vocab);
         path.extend(&tokens);
-        let done = self.cache.insert(Namespace::exact(TenantId(tenant)), above, &tokens, block, Provenance::Exact);
+        let done = self.cache.insert(Label::exact(TenantId(tenant)), above, &tokens, block);
         match self.naive.position(tenant, &path) {
             Some(existing) => {
                 let existing = self.naive.entries[existing].block;
@@ -270,7 +274,7 @@ impl Pair {
         for entry in &self.naive.entries {
             let expected = if entry.released.is_some() { BlockState::Cached } else { BlockState::Owned };
             assert_eq!(self.cache.state(entry.block), expected, "{:?}", entry.path);
-            assert_eq!(self.cache.provenance(entry.block), Some(Provenance::Exact));
+            assert_eq!(self.cache.label(entry.block), Some(Label::exact(TenantId(entry.tenant))));
         }
         self.match_both();
     }

@@ -18,6 +18,10 @@ fn config() -> CoreConfig {
         attention_cost_tokens: 1000,
         reserve_tokens: 4,
         watermark_ratio: 1.0,
+        segment_cache_ratio: 0.5,
+        model_digest: 0,
+        canonical_prefix: vec![],
+        max_segments: 4,
         hash_seed: 1,
     }
 }

@@ -36,6 +36,10 @@ fn random_config(rng: &mut Rng) -> CoreConfig {
         attention_cost_tokens: rng.range(1, 64) as u32,
         reserve_tokens: [0, 0, 2, 8][rng.range(0, 3) as usize],
         watermark_ratio: [1.0, 1.0, 0.9, 0.5][rng.range(0, 3) as usize],
+        segment_cache_ratio: 0.5,
+        model_digest: 0,
+        canonical_prefix: vec![],
+        max_segments: 4,
         hash_seed: rng.next(),
     }
 }

@@ -15,7 +15,7 @@ use crate::buffers::{Array, Exclusive};
 use crate::errors::{Fault, from_core, invalid, panic_message};
 
 /// Names of `CoreConfig`'s fields, all of them required.
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 17] = [
     "num_blocks",
     "block_size",
     "max_num_seqs",
@@ -28,6 +28,10 @@ const FIELDS: [&str; 13] = [
     "attention_cost_tokens",
     "reserve_tokens",
     "watermark_ratio",
+    "segment_cache_ratio",
+    "model_digest",
+    "canonical_prefix",
+    "max_segments",
     "hash_seed",
 ];
 
@@ -265,6 +269,10 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
         attention_cost_tokens: number("attention_cost_tokens")?,
         reserve_tokens: number("reserve_tokens")?,
         watermark_ratio: value("watermark_ratio")?.extract()?,
+        segment_cache_ratio: value("segment_cache_ratio")?.extract()?,
+        model_digest: value("model_digest")?.extract()?,
+        canonical_prefix: value("canonical_prefix")?.extract()?,
+        max_segments: number("max_segments")?,
         hash_seed: value("hash_seed")?.extract()?,
     };
     config.validate().map_err(|error| from_core(&error))?;

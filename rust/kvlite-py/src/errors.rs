@@ -63,6 +63,8 @@ pub fn from_core(error: &CoreError) -> PyErr {
         CoreError::QueueFull { .. } => return CapacityError::new_err(error.to_string()),
         CoreError::Config { field, .. } => field,
         CoreError::Watermark { .. } => "watermark_ratio",
+        CoreError::SegmentCache { .. } => "segment_cache_ratio",
+        CoreError::CanonicalPrefix { .. } => "canonical_prefix",
         CoreError::EmptyPrompt | CoreError::OutsideVocabulary { .. } | CoreError::PromptTooLong { .. } => "prompt",
         CoreError::TooLong { .. } | CoreError::NeverFits { .. } | CoreError::NoOutput => "max_tokens",
         CoreError::Choices { .. } => "n",

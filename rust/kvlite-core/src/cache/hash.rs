@@ -1,9 +1,9 @@
-//! `BlockHash`: a keyed hash of one edge of the tree, that is a parent and the tokens of a block.
+//! `BlockHash`: a keyed hash of one edge of the tree, that is a parent, a label and the tokens of a block.
 //!
 //! Owns two secret numbers made from `hash_seed`, so that nobody who chooses prompts can choose collisions. No decision
 //! depends on the value: the tree compares tokens whatever it says. Called by `radix.rs`.
 
-use crate::ids::Token;
+use crate::ids::{Label, Token};
 
 /// Folded multiplication, two tokens per factor: 4 multiplications for a block of 16.
 pub(super) struct BlockHash {
@@ -16,9 +16,9 @@ impl BlockHash {
         BlockHash { keys: [state, fold(!seed, 0xa076_1d64_78bd_642f) | 1] }
     }
 
-    pub(super) fn of(&self, parent: u32, tokens: &[Token]) -> u32 {
+    pub(super) fn of(&self, parent: u32, label: Label, tokens: &[Token]) -> u32 {
         let pair = |pair: &[Token]| u64::from(pair[0] as u32) << 32 | u64::from(pair[1] as u32);
-        let mut state = self.keys[0] ^ u64::from(parent);
+        let mut state = self.keys[0] ^ (u64::from(label.number()) << 32 | u64::from(parent));
         let quads = tokens.chunks_exact(4);
         let rest = quads.remainder();
         for quad in quads {
@@ -42,17 +42,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hash_depends_on_the_seed_the_parent_and_every_bit_of_the_tokens() {
-        let (hash, tokens) = (BlockHash::new(1), [1, 2, 3, 4, 5, 6]);
+    fn the_hash_depends_on_the_seed_the_parent_the_label_and_every_bit_of_the_tokens() {
+        let (hash, tokens, label) = (BlockHash::new(1), [1, 2, 3, 4, 5, 6], Label::PUBLIC);
         for at in 0..tokens.len() {
             for bit in 0..31 {
                 let mut other = tokens;
                 other[at] ^= 1 << bit;
-                assert_ne!(hash.of(0, &other), hash.of(0, &tokens), "bit {bit} of token {at} does not matter");
+                assert_ne!(
+                    hash.of(0, label, &other),
+                    hash.of(0, label, &tokens),
+                    "bit {bit} of token {at} does not matter"
+                );
             }
         }
-        assert_ne!(hash.of(1, &tokens), hash.of(0, &tokens));
-        assert_ne!(BlockHash::new(2).of(0, &tokens), hash.of(0, &tokens));
+        assert_ne!(hash.of(1, label, &tokens), hash.of(0, label, &tokens));
+        assert_ne!(hash.of(0, Label::recipe(0), &tokens), hash.of(0, label, &tokens));
+        assert_ne!(BlockHash::new(2).of(0, label, &tokens), hash.of(0, label, &tokens));
     }
 
     #[test]
@@ -60,7 +65,7 @@ mod tests {
         let hash = BlockHash::new(1);
         let mut lens = [0; 1024];
         for at in 0..1024 {
-            lens[hash.of(0, &[at; 16]) as usize % 1024] += 1;
+            lens[hash.of(0, Label::PUBLIC, &[at; 16]) as usize % 1024] += 1;
         }
         let longest = lens.into_iter().max();
         assert!(longest <= Some(8), "1,024 blocks in 1,024 buckets, one of which holds {longest:?}");

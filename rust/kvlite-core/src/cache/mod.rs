@@ -15,23 +15,12 @@ pub use evict::{EvictionPolicy, Lru};
 pub use radix::MAX_PARTIAL_CANDIDATES;
 
 use crate::config::CoreConfig;
-use crate::ids::{BlockId, Namespace, Token};
+use crate::ids::{BlockId, Label, Lookup, Token};
 use blocks::BlockPool;
 use radix::{Parent, Tree};
 
 /// No block, in the flat arrays of this module.
 const NONE: u32 = u32::MAX;
-
-/// How the KV of a block in the tree was made; decides who may read it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Provenance {
-    /// By a plain forward pass over everything before it.
-    Exact,
-    /// Alone, behind the canonical prefix, to be placed anywhere.
-    Segment,
-    /// Partly reused from other positions: an approximation, never published as exact.
-    Blended,
-}
 
 /// What `insert` did with the caller's block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,14 +75,15 @@ impl<E: EvictionPolicy> Cache<E> {
         }
     }
 
-    /// Appends to `hits` the blocks of the longest stored path that begins `tokens`, at most `max_blocks` of them, and
-    /// returns the block behind the last one that shares most with the tokens that follow, if one shares any.
+    /// Appends to `hits` the blocks of the longest stored path that begins `tokens` and that `lookup` may read, at most
+    /// `max_blocks` of them, and returns the block behind the last one that shares most with the tokens that follow, if one
+    /// shares any. Where a tenant's own block and a public one hold the same tokens, its own is followed.
     ///
     /// A caller that must compute the last token passes the tokens before it. Nothing is pinned: the names hold until the next call that
     /// changes the cache. Finds nothing when prefix caching is off. Cost: one compare of `block_size` tokens per hit.
     pub fn match_prefix(
         &self,
-        namespace: Namespace,
+        lookup: Lookup,
         tokens: &[Token],
         max_blocks: usize,
         hits: &mut Vec<BlockId>,
@@ -101,7 +91,7 @@ impl<E: EvictionPolicy> Cache<E> {
         if !self.keeps_released {
             return None;
         }
-        let (block, len) = self.tree.walk(namespace, tokens, max_blocks, |block| hits.push(self.pool.name(block)))?;
+        let (block, len) = self.tree.walk(lookup, tokens, max_blocks, |block| hits.push(self.pool.name(block)))?;
         Some(PartialHit { block: self.pool.name(block), len: len as u32 })
     }
 
@@ -157,32 +147,25 @@ impl<E: EvictionPolicy> Cache<E> {
     }
 
     /// Publishes an owned block, whose KV a completed plan has written, as `tokens` below `parent` (a block that the caller protects;
-    /// none: the root of `namespace`).
+    /// none: the root). The label says what the KV is; labels turn from public to own and from exact to a recipe's on the way
+    /// down, never back.
     ///
     /// `New`: the caller's use goes on as a pin of `block`, which protects `parent`; so the caller unpins `parent` next.
-    /// `Duplicate`: the block that is there already is pinned for the caller, `block` stays the caller's to free.
+    /// `Duplicate`: the block that is there already (for an exact label, a public one too) is pinned for the caller, `block` stays the caller's to free.
     /// O(block_size).
-    pub fn insert(
-        &mut self,
-        namespace: Namespace,
-        parent: Option<BlockId>,
-        tokens: &[Token],
-        block: BlockId,
-        provenance: Provenance,
-    ) -> Inserted {
-        assert!(provenance == Provenance::Exact, "{provenance:?} KV must never be published under an exact prefix");
+    pub fn insert(&mut self, label: Label, parent: Option<BlockId>, tokens: &[Token], block: BlockId) -> Inserted {
         let (len, block_size) = (tokens.len(), self.tree.block_size());
         assert!(len == block_size, "the tree holds full blocks only: {len} tokens for blocks of {block_size}");
         let index = self.private(block);
         let above = match parent {
-            None => Parent::root(namespace),
+            None => Parent::ROOT,
             Some(parent) => {
                 let above = self.in_tree(parent);
                 assert!(self.pool.refs(above) > 0, "insert below {parent:?}, which nobody protects from eviction");
                 Parent::block(above)
             }
         };
-        match self.tree.link(above, tokens, index, provenance) {
+        match self.tree.link(above, label, tokens, index) {
             Ok(()) => {
                 if let Some(above) = above.as_block() {
                     self.pool.add_ref(above);
@@ -226,9 +209,15 @@ impl<E: EvictionPolicy> Cache<E> {
         self.pool.state(self.pool.resolve(block))
     }
 
-    /// How the KV of `block` was made; none while it is not in the tree.
-    pub fn provenance(&self, block: BlockId) -> Option<Provenance> {
-        self.tree.provenance(self.pool.resolve(block))
+    /// Whose or which recipe's KV `block` holds; none while it is not in the tree.
+    pub fn label(&self, block: BlockId) -> Option<Label> {
+        self.tree.label(self.pool.resolve(block))
+    }
+
+    /// Blocks in the tree with a recipe's label; O(1).
+    pub fn labelled(&self, label: Label) -> usize {
+        assert!(!label.is_exact(), "blocks are counted by recipe, {label:?} is none");
+        self.tree.labelled(label)
     }
 
     /// The block that eviction would take next.
@@ -250,7 +239,7 @@ impl<E: EvictionPolicy> Cache<E> {
         let num_blocks = self.pool.num_blocks();
         for block in 0..num_blocks as u32 {
             let (state, refs) = (self.pool.state(block), self.pool.refs(block));
-            if self.tree.provenance(block).is_none() {
+            if self.tree.label(block).is_none() {
                 let is_private = state != BlockState::Cached && refs <= 1;
                 assert!(is_private, "block {block} is {state:?} with {refs} references outside the tree");
                 continue;
@@ -288,7 +277,7 @@ impl<E: EvictionPolicy> Cache<E> {
     /// The index of a block that must be in the tree.
     fn in_tree(&self, block: BlockId) -> u32 {
         let index = self.pool.resolve(block);
-        assert!(self.tree.provenance(index).is_some(), "{block:?} is not in the tree");
+        assert!(self.tree.label(index).is_some(), "{block:?} is not in the tree");
         index
     }
 
@@ -297,7 +286,7 @@ impl<E: EvictionPolicy> Cache<E> {
         let index = self.pool.resolve(block);
         let state = self.pool.state(index);
         assert!(state == BlockState::Owned, "{block:?} is {state:?}, not owned by the caller");
-        assert!(self.tree.provenance(index).is_none(), "{block:?} is in the tree: unpin it instead");
+        assert!(self.tree.label(index).is_none(), "{block:?} is in the tree: unpin it instead");
         index
     }
 }

@@ -1,19 +1,21 @@
 //! `Tree`: token prefix -> blocks. The block is the node: links and tokens lie in flat arrays indexed by block.
 //!
 //! Owns the edges, the tokens of the blocks in the tree and the hash table that finds a child by its tokens. Must not know
-//! states, users or the order of eviction. Invariants: one child per (parent, tokens); a block leaves as a leaf; an edge is
-//! taken only after comparing the stored tokens, whatever the hash says. Called by `Cache` alone.
+//! states, users or the order of eviction. Invariants: one child per (parent, label, tokens); a block leaves as a leaf; an edge
+//! is taken only after comparing the stored label and tokens, whatever the hash says. Called by `Cache` alone.
 //!
 //! ```text
-//!   tenant 0 ....> [b7] --first_child--> [b2] <--siblings--> [b5]      ....> by hash only, ----> by link
-//!                  "the cat sat"         " on the mat"       " in the hat"
+//!   root ....> [b7 public] --first_child--> [b2 tenant 3] <--siblings--> [b5 recipe 1]   ....> by hash only, ----> by link
+//!              "the cat sat"                " on the mat"                " on the mat"
 //! ```
-//! Roots have no sibling list: there is no array over tenants to hang it on (tenants are not bounded, blocks are), and a part
-//! of a first block is not worth a copy. Depth-0 blocks are found by hash alone.
+//! On the way down labels turn from public to one tenant's and from exact to one recipe's, never back.
+//! The root has no sibling list: a part of a first block is not worth a copy. Depth-0 blocks are found by hash alone.
 
 use super::hash::BlockHash;
-use super::{NONE, Provenance};
-use crate::ids::{Namespace, Token};
+use rustc_hash::FxHashMap;
+
+use super::NONE;
+use crate::ids::{Label, Lookup, Token};
 
 /// Siblings that a search for a partial hit looks at, newest first; bounds the cost of a match below a popular prefix.
 pub const MAX_PARTIAL_CANDIDATES: usize = 8;
@@ -21,26 +23,26 @@ pub const MAX_PARTIAL_CANDIDATES: usize = 8;
 /// The block size whose compare is inlined.
 const USUAL_BLOCK_SIZE: usize = 16;
 
-/// What a block hangs below: a block, or the root of a namespace (high bit set).
+/// What a block hangs below: a block, or the root.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Parent(u32);
 
-const ROOT_BIT: u32 = 1 << 31;
-
 impl Parent {
-    pub(super) fn root(namespace: Namespace) -> Parent {
-        Parent(namespace.number() | ROOT_BIT)
-    }
+    pub(super) const ROOT: Parent = Parent(NONE);
 
     pub(super) fn block(block: u32) -> Parent {
         Parent(block)
     }
 
-    /// The block, unless this is a root.
+    /// The block, unless this is the root.
     pub(super) fn as_block(self) -> Option<u32> {
-        (self.0 & ROOT_BIT == 0).then_some(self.0)
+        (self != Parent::ROOT).then_some(self.0)
     }
 }
+
+/// Labels that a reader accepts at one depth; of two children with the same tokens it takes the first one's.
+#[derive(Clone, Copy)]
+struct Readable(Label, Label);
 
 #[derive(Clone, Copy)]
 struct Link {
@@ -52,21 +54,30 @@ struct Link {
     next_in_bucket: u32,
     /// Kept so that eviction finds the bucket without reading the tokens.
     hash: u32,
-    /// What the KV of the block is worth; none while the block is not in the tree.
-    provenance: Option<Provenance>,
+    /// None while the block is not in the tree.
+    label: Option<Label>,
+}
+
+impl Link {
+    /// Whether no other child of the same parent could be preferred to this one.
+    #[inline(always)]
+    fn is_first_choice(&self, readable: Readable) -> bool {
+        self.label == Some(readable.0)
+            || self.label == Some(readable.1) && self.next_sibling == NONE && self.prev_sibling == NONE
+    }
 }
 
 const UNLINKED: Link = Link {
-    parent: Parent(NONE),
+    parent: Parent::ROOT,
     first_child: NONE,
     next_sibling: NONE,
     prev_sibling: NONE,
     next_in_bucket: NONE,
     hash: 0,
-    provenance: None,
+    label: None,
 };
 
-/// The tree over all namespaces.
+/// The tree of all tenants and recipes.
 pub(super) struct Tree {
     block_size: usize,
     /// Tokens of block `b` at `b * block_size`; meaningless while `b` is not in the tree.
@@ -75,6 +86,8 @@ pub(super) struct Tree {
     /// First block of each chain; a power of two, at least one bucket per block.
     buckets: Vec<u32>,
     hash: BlockHash,
+    /// Blocks by recipe's label; what has none is not in it.
+    num_labelled: FxHashMap<Label, usize>,
 }
 
 impl Tree {
@@ -85,6 +98,7 @@ impl Tree {
             links: vec![UNLINKED; num_blocks],
             buckets: vec![NONE; num_blocks.next_power_of_two()],
             hash: BlockHash::new(seed),
+            num_labelled: FxHashMap::default(),
         }
     }
 
@@ -92,9 +106,14 @@ impl Tree {
         self.block_size
     }
 
-    /// The provenance of a block in the tree; none for others.
-    pub(super) fn provenance(&self, block: u32) -> Option<Provenance> {
-        self.links[block as usize].provenance
+    /// The label of a block in the tree; none for others.
+    pub(super) fn label(&self, block: u32) -> Option<Label> {
+        self.links[block as usize].label
+    }
+
+    /// Blocks of a recipe's label.
+    pub(super) fn labelled(&self, label: Label) -> usize {
+        self.num_labelled.get(&label).copied().unwrap_or(0)
     }
 
     /// The block above `block`, which is in the tree; none at depth 0.
@@ -107,39 +126,74 @@ impl Tree {
         &self.tokens[start..start + self.block_size]
     }
 
-    /// Calls `hit` for each block of the longest stored path that begins `tokens`, at most `max_blocks`. Returns the child of
+    /// Calls `hit` for each block of a stored path that begins `tokens` and that `lookup` may read, at most `max_blocks`: the
+    /// longest, but that a tenant's own block is preferred to a public one with the same tokens. Returns the child of
     /// the last of them that shares most with the tokens behind it (newest first on a tie), and how many: 1 to
     /// `block_size - 1`. Cost: O(blocks hit) compares of `block_size` tokens, one hash where a path leaves the newest branch.
     pub(super) fn walk(
         &self,
-        root: Namespace,
+        lookup: Lookup,
         tokens: &[Token],
         max_blocks: usize,
         mut hit: impl FnMut(u32),
     ) -> Option<(u32, usize)> {
-        let mut blocks = tokens.chunks_exact(self.block_size).take(max_blocks);
-        let mut last = self.find(Parent::root(root), blocks.next()?)?;
-        let mut len = self.block_size;
-        hit(self.exact(last));
-        for block in blocks {
-            let next = last + 1;
-            let child = if self.is_child(next, last, block) { Some(next) } else { self.child(last, block) };
-            let Some(child) = child else { break };
-            hit(self.exact(child));
-            len += self.block_size;
-            last = child;
+        let exact = Readable(lookup.own, Label::PUBLIC);
+        let (recipe, from_block) =
+            lookup.recipe.map_or((exact, usize::MAX), |(label, at)| (Readable(label, label), at));
+        let (before, behind) = tokens.split_at(tokens.len().min(from_block.saturating_mul(self.block_size)));
+        let (mut last, mut num_hits) = self.follow(NONE, before, max_blocks, exact, &mut hit);
+        if num_hits == from_block {
+            let max_blocks = max_blocks - num_hits;
+            let (end, more) = self.follow(last, behind, max_blocks, recipe, &mut hit);
+            (last, num_hits) = (end, num_hits + more);
         }
-        self.partial(last, &tokens[len..])
+        if last == NONE {
+            return None;
+        }
+        let readable = if num_hits >= from_block { recipe } else { exact };
+        self.partial(last, &tokens[num_hits * self.block_size..], readable)
     }
 
-    /// Whether `block`, which need not exist, is the child of `parent` with these tokens.
+    /// The walk below `last` (none: the root) through children of readable labels; returns its end and length.
+    #[inline(always)]
+    fn follow(
+        &self,
+        mut last: u32,
+        tokens: &[Token],
+        max_blocks: usize,
+        readable: Readable,
+        hit: &mut impl FnMut(u32),
+    ) -> (u32, usize) {
+        let mut num_hits = 0;
+        let mut blocks = tokens.chunks_exact(self.block_size).take(max_blocks);
+        if last == NONE {
+            let Some(first) = blocks.next().and_then(|block| self.find_readable(Parent::ROOT, block, readable)) else {
+                return (NONE, 0);
+            };
+            hit(first);
+            (last, num_hits) = (first, 1);
+        }
+        for block in blocks {
+            let next = last + 1;
+            let is_child = self.is_child(next, last, block, readable);
+            let Some(child) = (if is_child { Some(next) } else { self.child(last, block, readable) }) else { break };
+            hit(child);
+            num_hits += 1;
+            last = child;
+        }
+        (last, num_hits)
+    }
+
+    /// Whether `block`, which need not exist, is the child of `parent` with these tokens that a reader takes; a public block
+    /// with siblings is left to `child`, because one of them may be the reader's own.
     ///
     /// Asked of the block behind the parent: it is the child wherever a run goes on, and no load depends on the one before, so
     /// the processor compares several blocks at once instead of following one link after the other.
     #[inline(always)]
-    fn is_child(&self, block: u32, parent: u32, tokens: &[Token]) -> bool {
+    fn is_child(&self, block: u32, parent: u32, tokens: &[Token], readable: Readable) -> bool {
         let index = block as usize;
-        if self.links.get(index).is_none_or(|link| link.parent != Parent::block(parent)) {
+        let Some(link) = self.links.get(index) else { return false };
+        if link.parent != Parent::block(parent) || !link.is_first_choice(readable) {
             return false;
         }
         let Ok(tokens) = <&[Token; USUAL_BLOCK_SIZE]>::try_from(tokens) else { return self.tokens(block) == tokens };
@@ -148,54 +202,57 @@ impl Tree {
         blocks[index].iter().zip(tokens).fold(0, |difference, (have, want)| difference | (have ^ want)) == 0
     }
 
-    /// The child of `parent` with these tokens.
-    fn child(&self, parent: u32, tokens: &[Token]) -> Option<u32> {
+    /// The child of `parent` with these tokens that a reader takes.
+    fn child(&self, parent: u32, tokens: &[Token], readable: Readable) -> Option<u32> {
         let first = self.links[parent as usize].first_child;
         if first == NONE {
             return None;
         }
-        if self.tokens(first) == tokens {
+        let link = &self.links[first as usize];
+        if link.is_first_choice(readable) && self.tokens(first) == tokens {
             return Some(first);
         }
-        let has_siblings = self.links[first as usize].next_sibling != NONE;
-        if has_siblings { self.find(Parent::block(parent), tokens) } else { None }
+        let has_siblings = link.next_sibling != NONE;
+        if has_siblings { self.find_readable(Parent::block(parent), tokens, readable) } else { None }
     }
 
-    fn partial(&self, parent: u32, tokens: &[Token]) -> Option<(u32, usize)> {
+    fn partial(&self, parent: u32, tokens: &[Token], readable: Readable) -> Option<(u32, usize)> {
         let tokens = &tokens[..tokens.len().min(self.block_size - 1)];
         let mut best = None;
         let mut best_len = 0;
-        let mut candidate = self.links[parent as usize].first_child;
-        for _ in 0..MAX_PARTIAL_CANDIDATES {
-            if candidate == NONE || best_len == tokens.len() {
+        for candidate in self.children(parent).take(MAX_PARTIAL_CANDIDATES) {
+            if best_len == tokens.len() {
                 break;
+            }
+            if !self.label(candidate).is_some_and(|label| label == readable.0 || label == readable.1) {
+                continue;
             }
             let len = tokens.iter().zip(self.tokens(candidate)).take_while(|(want, have)| want == have).count();
             if len > best_len {
                 (best, best_len) = (Some(candidate), len);
             }
-            candidate = self.links[candidate as usize].next_sibling;
         }
-        best.map(|block| (self.exact(block), best_len))
+        best.map(|block| (block, best_len))
     }
 
-    /// Passes on a block that an exact match is about to return.
-    fn exact(&self, block: u32) -> u32 {
-        let provenance = self.provenance(block);
-        assert!(provenance == Some(Provenance::Exact), "block {block} is {provenance:?} under an exact prefix");
-        block
+    /// The block below `parent` with these tokens that a reader takes, by hash.
+    fn find_readable(&self, parent: Parent, tokens: &[Token], readable: Readable) -> Option<u32> {
+        let Readable(first, second) = readable;
+        let found = self.find(parent, first, tokens);
+        if found.is_some() || first == second { found } else { self.find(parent, second, tokens) }
     }
 
-    /// The block below `parent` with these tokens, by hash.
-    pub(super) fn find(&self, parent: Parent, tokens: &[Token]) -> Option<u32> {
-        self.find_hashed(parent, tokens, self.hash.of(parent.0, tokens))
+    /// The block of this label below `parent` with these tokens, by hash.
+    fn find(&self, parent: Parent, label: Label, tokens: &[Token]) -> Option<u32> {
+        self.find_hashed(parent, label, tokens, self.hash.of(parent.0, label, tokens))
     }
 
-    fn find_hashed(&self, parent: Parent, tokens: &[Token], hash: u32) -> Option<u32> {
+    fn find_hashed(&self, parent: Parent, label: Label, tokens: &[Token], hash: u32) -> Option<u32> {
         let mut at = self.buckets[self.bucket(hash)];
         while at != NONE {
             let link = &self.links[at as usize];
-            if link.hash == hash && link.parent == parent && self.tokens(at) == tokens {
+            let is_edge = link.hash == hash && link.parent == parent && link.label == Some(label);
+            if is_edge && self.tokens(at) == tokens {
                 return Some(at);
             }
             at = link.next_in_bucket;
@@ -203,16 +260,18 @@ impl Tree {
         None
     }
 
-    /// Hangs `block` below `parent`, or returns the block that already has these tokens there and changes nothing.
-    pub(super) fn link(
-        &mut self,
-        parent: Parent,
-        tokens: &[Token],
-        block: u32,
-        provenance: Provenance,
-    ) -> Result<(), u32> {
-        let hash = self.hash.of(parent.0, tokens);
-        if let Some(existing) = self.find_hashed(parent, tokens, hash) {
+    /// Hangs `block` below `parent`, or returns the block that holds these tokens there already (the same label's, or a public
+    /// one that an exact label reads) and changes nothing.
+    pub(super) fn link(&mut self, parent: Parent, label: Label, tokens: &[Token], block: u32) -> Result<(), u32> {
+        if let Some(above) = parent.as_block().and_then(|parent| self.label(parent)) {
+            let may_follow = above == label || above == Label::PUBLIC || above.is_exact() && !label.is_exact();
+            assert!(may_follow, "{label:?} KV below {above:?} KV would be read by nobody or by the wrong one");
+        }
+        let hash = self.hash.of(parent.0, label, tokens);
+        let own = self.find_hashed(parent, label, tokens, hash);
+        let public = || self.find(parent, Label::PUBLIC, tokens);
+        let may_share = label.is_exact() && label != Label::PUBLIC;
+        if let Some(existing) = own.or_else(|| if may_share { public() } else { None }) {
             return Err(existing);
         }
         let start = block as usize * self.block_size;
@@ -227,14 +286,17 @@ impl Tree {
             self.links[next_sibling as usize].prev_sibling = block;
         }
         self.links[block as usize] =
-            Link { parent, next_sibling, next_in_bucket, hash, provenance: Some(provenance), ..UNLINKED };
+            Link { parent, next_sibling, next_in_bucket, hash, label: Some(label), ..UNLINKED };
+        if !label.is_exact() {
+            *self.num_labelled.entry(label).or_default() += 1;
+        }
         Ok(())
     }
 
     /// Takes a leaf out of the tree.
     pub(super) fn unlink(&mut self, block: u32) {
         let link = std::mem::replace(&mut self.links[block as usize], UNLINKED);
-        assert!(link.provenance.is_some(), "block {block} is not in the tree");
+        let label = link.label.unwrap_or_else(|| panic!("block {block} is not in the tree"));
         assert!(link.first_child == NONE, "evicting block {block} would make the tail behind it unreachable");
         if link.next_sibling != NONE {
             self.links[link.next_sibling as usize].prev_sibling = link.prev_sibling;
@@ -243,6 +305,13 @@ impl Tree {
             self.links[link.prev_sibling as usize].next_sibling = link.next_sibling;
         } else if let Some(parent) = link.parent.as_block() {
             self.links[parent as usize].first_child = link.next_sibling;
+        }
+        if !label.is_exact() {
+            let left = self.num_labelled.get_mut(&label).expect("each block of a recipe is counted");
+            *left -= 1;
+            if *left == 0 {
+                self.num_labelled.remove(&label);
+            }
         }
         let bucket = self.bucket(link.hash);
         if self.buckets[bucket] == block {
@@ -272,22 +341,22 @@ impl Tree {
     pub(super) fn audit(&self) {
         let mut num_linked = 0;
         let mut num_children = 0;
-        for block in (0..self.links.len() as u32).filter(|&block| self.provenance(block).is_some()) {
+        let mut num_of_recipes = 0;
+        for block in 0..self.links.len() as u32 {
             let link = &self.links[block as usize];
+            let Some(label) = link.label else { continue };
             num_linked += 1;
-            let found = self.find(link.parent, self.tokens(block));
+            num_of_recipes += usize::from(!label.is_exact());
+            let found = self.find(link.parent, label, self.tokens(block));
             assert!(found == Some(block), "block {block} is found by its tokens as {found:?}");
             if let Some(parent) = link.parent.as_block() {
                 num_children += 1;
-                assert!(
-                    self.provenance(parent).is_some(),
-                    "block {block} hangs below {parent}, which is not in the tree"
-                );
+                assert!(self.label(parent).is_some(), "block {block} hangs below {parent}, which is not in the tree");
             }
             let mut previous = NONE;
             for child in self.children(block) {
                 let child_link = &self.links[child as usize];
-                assert!(child_link.provenance.is_some(), "child {child} of {block} is not in the tree");
+                assert!(child_link.label.is_some(), "child {child} of {block} is not in the tree");
                 assert!(child_link.parent == Parent::block(block), "child {child} of {block} names another parent");
                 assert!(child_link.prev_sibling == previous, "child {child} of {block} has a wrong older sibling");
                 previous = child;
@@ -296,6 +365,8 @@ impl Tree {
         // Each linked block below another is met exactly once as a child; so sibling lists neither lose nor share blocks.
         let met: usize = (0..self.links.len() as u32).map(|block| self.children(block).count()).sum();
         assert!(met == num_children, "sibling lists hold {met} blocks, {num_children} blocks name a parent");
+        let counted: usize = self.num_labelled.values().sum();
+        assert!(counted == num_of_recipes, "{counted} blocks of recipes are counted, {num_of_recipes} are in the tree");
         let mut num_chained = 0;
         for &head in &self.buckets {
             let mut at = head;
@@ -318,14 +389,14 @@ mod tests {
     use super::*;
     use crate::ids::TenantId;
 
-    fn root() -> Namespace {
-        Namespace::exact(TenantId(0))
+    fn own() -> Label {
+        Label::exact(TenantId(0))
     }
 
-    fn linked(tree: &mut Tree, path: &[(u32, [Token; 2])]) {
-        let mut parent = Parent::root(root());
-        for &(block, tokens) in path {
-            tree.link(parent, &tokens, block, Provenance::Exact).expect("the path is new");
+    fn linked(tree: &mut Tree, path: &[(u32, Label, [Token; 2])]) {
+        let mut parent = Parent::ROOT;
+        for &(block, label, tokens) in path {
+            tree.link(parent, label, &tokens, block).expect("the path is new");
             parent = Parent::block(block);
         }
     }
@@ -336,7 +407,7 @@ mod tests {
         tree.links.resize(9, UNLINKED); // nine blocks in the one bucket
         tree.tokens.resize(18, 0);
         for block in 0..9 {
-            tree.link(Parent::root(root()), &[block as Token / 3, block as Token % 3], block, Provenance::Exact)
+            tree.link(Parent::ROOT, own(), &[block as Token / 3, block as Token % 3], block)
                 .expect("all tokens differ");
         }
         tree.audit();
@@ -344,33 +415,22 @@ mod tests {
             tree.unlink(block);
             tree.audit();
         }
-        assert_eq!(tree.find(Parent::root(root()), &[1, 2]), Some(5));
-        assert_eq!(tree.find(Parent::root(root()), &[1, 1]), None);
+        assert_eq!(tree.find(Parent::ROOT, own(), &[1, 2]), Some(5));
+        assert_eq!(tree.find(Parent::ROOT, own(), &[1, 1]), None);
     }
 
     #[test]
     #[should_panic(expected = "would make the tail behind it unreachable")]
     fn a_block_in_the_middle_of_a_path_cannot_be_taken_out() {
         let mut tree = Tree::new(2, 2, 0);
-        linked(&mut tree, &[(0, [1, 1]), (1, [2, 2])]);
+        linked(&mut tree, &[(0, own(), [1, 1]), (1, own(), [2, 2])]);
         tree.unlink(0);
     }
 
     #[test]
-    #[should_panic(expected = "block 1 is Some(Blended) under an exact prefix")]
-    fn a_blended_block_under_an_exact_prefix_is_never_a_hit() {
+    #[should_panic(expected = "would be read by nobody or by the wrong one")]
+    fn exact_kv_is_never_published_below_what_a_recipe_made() {
         let mut tree = Tree::new(2, 2, 0);
-        linked(&mut tree, &[(0, [1, 1]), (1, [2, 2])]);
-        tree.links[1].provenance = Some(Provenance::Blended);
-        tree.walk(root(), &[1, 1, 2, 2], 2, |_| ());
-    }
-
-    #[test]
-    #[should_panic(expected = "block 1 is Some(Segment) under an exact prefix")]
-    fn a_segment_block_under_an_exact_prefix_is_never_a_partial_hit() {
-        let mut tree = Tree::new(2, 2, 0);
-        linked(&mut tree, &[(0, [1, 1]), (1, [2, 2])]);
-        tree.links[1].provenance = Some(Provenance::Segment);
-        tree.walk(root(), &[1, 1, 2, 3], 2, |_| ());
+        linked(&mut tree, &[(0, Label::recipe(1), [1, 1]), (1, own(), [2, 2])]);
     }
 }

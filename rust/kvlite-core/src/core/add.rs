@@ -4,7 +4,7 @@
 
 use super::{Core, RequestState};
 use crate::error::CoreError;
-use crate::ids::{Namespace, TenantId, Token};
+use crate::ids::{Label, TenantId, Token};
 use crate::sequence::{Sequence, stop_bit};
 
 /// Stop token ids that one request may name.
@@ -52,8 +52,8 @@ impl Core {
             self.requests.len() as u32 - 1
         });
         let end_len = request.prompt.len() as u32 + request.max_tokens;
-        let namespace = Namespace::exact(TenantId(request.tenant));
-        let mut seq = Sequence::new(index, 0, namespace, rank, request.prompt, end_len);
+        let label = Label::exact(TenantId(request.tenant));
+        let mut seq = Sequence::new(index, 0, label, rank, request.prompt, end_len);
         seq.stop_mask = request.stop_token_ids.iter().fold(0, |mask, &id| mask | stop_bit(id));
         let slot = self.place(seq);
         let mut choices = Vec::with_capacity(request.n as usize);
@@ -180,6 +180,10 @@ mod tests {
             attention_cost_tokens: 1,
             reserve_tokens: 0,
             watermark_ratio: 1.0,
+            segment_cache_ratio: 0.5,
+            model_digest: 0,
+            canonical_prefix: vec![],
+            max_segments: 4,
             hash_seed: 0,
         };
         let mut core = Core::new(config).unwrap();

@@ -5,6 +5,7 @@
 
 use super::{Core, Hold, PlanRecord};
 use crate::cache::PartialHit;
+use crate::ids::Lookup;
 use crate::plan::{Cause, PlanWriter, Region};
 use crate::sched::{Budget, Demand, HOLD_LIMIT_STEPS, everyone_can_finish, reserve_of};
 use crate::sequence::{Sequence, Status};
@@ -97,7 +98,7 @@ impl Core {
         }
         let tokens = &seq.tokens[..seq.tokens.len() - 1];
         let max_blocks = tokens.len() / self.config.block_size as usize;
-        self.cache.match_prefix(seq.namespace, tokens, max_blocks, &mut self.scratch_hits)
+        self.cache.match_prefix(Lookup::exact(seq.label), tokens, max_blocks, &mut self.scratch_hits)
     }
 
     /// Whether a running neighbour computes blocks that this sequence also begins with: then a step of patience saves
@@ -114,7 +115,7 @@ impl Core {
         let block_size = self.config.block_size as usize;
         self.running.iter().map(|&slot| self.seq(slot)).any(|other| {
             let is_computing = other.status() == Status::Running && other.in_prefill();
-            is_computing && other.namespace == seq.namespace && {
+            is_computing && other.label == seq.label && {
                 let theirs = &other.tokens[..other.prefill_until as usize];
                 let common = own.iter().zip(theirs).take_while(|(a, b)| a == b).count();
                 common / block_size > self.scratch_hits.len()

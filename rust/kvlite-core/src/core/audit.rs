@@ -1,8 +1,8 @@
 //! The invariants of ARCHITECTURE.md that the core can check, each as a sentence. O(everything); for tests and debugging.
 
 use super::{Core, Hold};
-use crate::cache::{BlockState, Provenance};
-use crate::ids::BlockId;
+use crate::cache::BlockState;
+use crate::ids::{BlockId, Label};
 use crate::sequence::{Sequence, Status};
 
 impl Core {
@@ -54,10 +54,10 @@ impl Core {
         assert!(seq.table_len <= seq.blocks.len() as u32, "slot {slot}: the device's table names blocks it never had");
         let path = &seq.blocks[..seq.tree_len as usize];
         for &block in path {
-            assert_eq!(
-                self.cache.provenance(block),
-                Some(Provenance::Exact),
-                "{block:?}: exact requests read exact KV"
+            let label = self.cache.label(block);
+            assert!(
+                label.is_some_and(|label| label == seq.label || label == Label::PUBLIC),
+                "{block:?} of {label:?}: a tenant's exact requests read its own and public exact KV"
             );
             assert_eq!(self.cache.state(block), BlockState::Owned, "{block:?} is in use and must not be evictable");
         }
@@ -86,7 +86,7 @@ impl Core {
         let mut in_tree = vec![false; num_blocks];
         let mut own = |block: BlockId| {
             assert_eq!(self.cache.state(block), BlockState::Owned, "{block:?} has an owner");
-            assert_eq!(self.cache.provenance(block), None, "{block:?} is private, so it is not in the tree");
+            assert_eq!(self.cache.label(block), None, "{block:?} is private, so it is not in the tree");
             owners[block.index as usize] += 1;
         };
         for seq in self.running.iter().map(|&slot| self.seq(slot)) {

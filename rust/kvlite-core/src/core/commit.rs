@@ -3,7 +3,7 @@
 //! A failed plan, or a row below 0, ends the requests concerned and publishes nothing of them. Called by `Core::step`.
 
 use super::{Core, Hold, PlanEntry};
-use crate::cache::{Inserted, Provenance};
+use crate::cache::Inserted;
 use crate::ids::{BlockId, Token};
 use crate::plan::Region;
 use crate::sequence::{FinishReason, Status, stop_bit};
@@ -97,7 +97,7 @@ impl Core {
             }
             let parent = at.checked_sub(1).map(|above| seq.blocks[above]);
             let tokens = &seq.tokens[at * block_size..][..block_size];
-            let inserted = self.cache.insert(seq.namespace, parent, tokens, block, Provenance::Exact);
+            let inserted = self.cache.insert(seq.label, parent, tokens, block);
             if let Some(parent) = parent {
                 self.cache.unpin(parent); // The child protects it now.
             }

@@ -4,8 +4,8 @@ mod matching;
 mod misuse;
 mod pool;
 
-use kvlite_core::cache::{BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit, Provenance};
-use kvlite_core::{BlockId, CoreConfig, Namespace, PolicyKind, TenantId, Token};
+use kvlite_core::cache::{BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit};
+use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
 
 const BLOCK_SIZE: usize = 4;
 
@@ -23,12 +23,16 @@ fn config(num_blocks: u32) -> CoreConfig {
         attention_cost_tokens: 1,
         reserve_tokens: 0,
         watermark_ratio: 1.0,
+        segment_cache_ratio: 0.5,
+        model_digest: 0,
+        canonical_prefix: vec![],
+        max_segments: 4,
         hash_seed: 1,
     }
 }
 
-fn tenant(tenant: u32) -> Namespace {
-    Namespace::exact(TenantId(tenant))
+fn tenant(tenant: u32) -> Label {
+    Label::exact(TenantId(tenant))
 }
 
 fn alloc(cache: &mut Cache, count: usize, after: Option<BlockId>) -> Vec<BlockId> {
@@ -38,11 +42,11 @@ fn alloc(cache: &mut Cache, count: usize, after: Option<BlockId>) -> Vec<BlockId
 }
 
 /// Computes `tokens` from nothing and publishes its full blocks; the last of the blocks returned is pinned.
-fn publish(cache: &mut Cache, namespace: Namespace, tokens: &[Token]) -> Vec<BlockId> {
+fn publish(cache: &mut Cache, label: Label, tokens: &[Token]) -> Vec<BlockId> {
     let blocks = alloc(cache, tokens.len() / BLOCK_SIZE, None);
     let mut parent = None;
     for (tokens, &block) in tokens.chunks_exact(BLOCK_SIZE).zip(&blocks) {
-        assert_eq!(cache.insert(namespace, parent, tokens, block, Provenance::Exact), Inserted::New);
+        assert_eq!(cache.insert(label, parent, tokens, block), Inserted::New);
         if let Some(parent) = parent.replace(block) {
             cache.unpin(parent);
         }
@@ -52,16 +56,16 @@ fn publish(cache: &mut Cache, namespace: Namespace, tokens: &[Token]) -> Vec<Blo
 }
 
 /// Publishes and lets go.
-fn remember(cache: &mut Cache, namespace: Namespace, tokens: &[Token]) -> Vec<BlockId> {
-    let blocks = publish(cache, namespace, tokens);
+fn remember(cache: &mut Cache, label: Label, tokens: &[Token]) -> Vec<BlockId> {
+    let blocks = publish(cache, label, tokens);
     cache.unpin(*blocks.last().expect("at least one block"));
     cache.audit();
     blocks
 }
 
-fn lookup(cache: &Cache, namespace: Namespace, tokens: &[Token]) -> (Vec<BlockId>, Option<PartialHit>) {
+fn lookup(cache: &Cache, label: Label, tokens: &[Token]) -> (Vec<BlockId>, Option<PartialHit>) {
     let mut hits = Vec::new();
-    let partial = cache.match_prefix(namespace, tokens, usize::MAX, &mut hits);
+    let partial = cache.match_prefix(Lookup::exact(label), tokens, usize::MAX, &mut hits);
     (hits, partial)
 }
 

@@ -19,11 +19,11 @@ fn a_match_returns_at_most_the_blocks_it_was_allowed_and_a_part_of_the_next() {
     let mut cache = Cache::new(&config(8));
     let blocks = remember(&mut cache, tenant(0), &text(1, 3));
     let mut hits = Vec::new();
-    let partial = cache.match_prefix(tenant(0), &text(1, 3), 2, &mut hits);
+    let partial = cache.match_prefix(Lookup::exact(tenant(0)), &text(1, 3), 2, &mut hits);
     assert_eq!(hits, blocks[..2]);
     assert_eq!(partial, Some(PartialHit { block: blocks[2], len: BLOCK_SIZE as u32 - 1 }), "never a whole block");
     hits.clear();
-    assert_eq!(cache.match_prefix(tenant(0), &text(1, 3), 0, &mut hits), None);
+    assert_eq!(cache.match_prefix(Lookup::exact(tenant(0)), &text(1, 3), 0, &mut hits), None);
     assert!(hits.is_empty());
 }
 
@@ -41,7 +41,7 @@ fn a_match_appends_and_leaves_earlier_hits_alone() {
     let mut cache = Cache::new(&config(8));
     let blocks = remember(&mut cache, tenant(0), &text(1, 1));
     let mut hits = blocks.clone();
-    cache.match_prefix(tenant(0), &text(1, 1), 9, &mut hits);
+    cache.match_prefix(Lookup::exact(tenant(0)), &text(1, 1), 9, &mut hits);
     assert_eq!(hits, [blocks[0], blocks[0]]);
 }
 
@@ -51,7 +51,7 @@ fn the_partial_hit_is_the_child_that_shares_most_and_the_newest_of_equals() {
     let root = publish(&mut cache, tenant(0), &[9, 9, 9, 9])[0];
     let children = alloc(&mut cache, 3, None);
     for (block, tokens) in children.iter().zip([[1, 2, 3, 4], [1, 2, 0, 0], [1, 2, 3, 5]]) {
-        cache.insert(tenant(0), Some(root), &tokens, *block, Provenance::Exact);
+        cache.insert(tenant(0), Some(root), &tokens, *block);
     }
     let partial = |tokens: &[Token]| lookup(&cache, tenant(0), &[&[9, 9, 9, 9], tokens].concat()).1;
     assert_eq!(partial(&[1, 2, 3, 6]), Some(PartialHit { block: children[2], len: 3 }));
@@ -68,7 +68,7 @@ fn a_partial_hit_is_sought_among_the_newest_children_only() {
     let root = publish(&mut cache, tenant(0), &[9, 9, 9, 9])[0];
     let children = alloc(&mut cache, MAX_PARTIAL_CANDIDATES + 1, None);
     for (at, &block) in children.iter().enumerate() {
-        cache.insert(tenant(0), Some(root), &[at as Token, 1, 1, 1], block, Provenance::Exact);
+        cache.insert(tenant(0), Some(root), &[at as Token, 1, 1, 1], block);
     }
     let partial = |first| lookup(&cache, tenant(0), &[9, 9, 9, 9, first, 1]).1;
     assert_eq!(partial(0), None, "the oldest child is one too many");
@@ -88,10 +88,10 @@ fn one_tenant_never_sees_the_blocks_of_another() {
 }
 
 #[test]
-fn provenance_is_known_for_blocks_in_the_tree_only() {
+fn the_label_is_known_for_blocks_in_the_tree_only() {
     let mut cache = Cache::new(&config(4));
     let block = alloc(&mut cache, 1, None)[0];
-    assert_eq!(cache.provenance(block), None);
-    cache.insert(tenant(0), None, &[1; BLOCK_SIZE], block, Provenance::Exact);
-    assert_eq!(cache.provenance(block), Some(Provenance::Exact));
+    assert_eq!(cache.label(block), None);
+    cache.insert(tenant(0), None, &[1; BLOCK_SIZE], block);
+    assert_eq!(cache.label(block), Some(tenant(0)));
 }

@@ -28,7 +28,7 @@ fn a_stale_parent_is_caught_when_a_block_is_inserted_below_it() {
     let parent = remember(&mut cache, tenant(0), &text(1, 1))[0];
     cache.clear();
     let block = alloc(&mut cache, 1, None)[0];
-    cache.insert(tenant(0), Some(parent), &[1; BLOCK_SIZE], block, Provenance::Exact);
+    cache.insert(tenant(0), Some(parent), &[1; BLOCK_SIZE], block);
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn a_block_cannot_be_inserted_below_one_that_may_be_evicted() {
     let mut cache = Cache::new(&config(2));
     let parent = remember(&mut cache, tenant(0), &text(1, 1))[0];
     let block = alloc(&mut cache, 1, None)[0];
-    cache.insert(tenant(0), Some(parent), &[1; BLOCK_SIZE], block, Provenance::Exact);
+    cache.insert(tenant(0), Some(parent), &[1; BLOCK_SIZE], block);
 }
 
 #[test]
@@ -69,15 +69,16 @@ fn an_unpin_too_many_is_caught() {
 fn a_block_that_is_not_full_cannot_be_inserted() {
     let mut cache = Cache::new(&config(2));
     let block = alloc(&mut cache, 1, None)[0];
-    cache.insert(tenant(0), None, &[1; BLOCK_SIZE - 1], block, Provenance::Exact);
+    cache.insert(tenant(0), None, &[1; BLOCK_SIZE - 1], block);
 }
 
 #[test]
-#[should_panic(expected = "Blended KV must never be published under an exact prefix")]
-fn blended_kv_cannot_be_inserted_under_an_exact_prefix() {
+#[should_panic(expected = "would be read by nobody or by the wrong one")]
+fn public_kv_cannot_be_inserted_below_a_tenants() {
     let mut cache = Cache::new(&config(2));
+    let parent = publish(&mut cache, tenant(0), &text(1, 1))[0];
     let block = alloc(&mut cache, 1, None)[0];
-    cache.insert(tenant(0), None, &[1; BLOCK_SIZE], block, Provenance::Blended);
+    cache.insert(Label::PUBLIC, Some(parent), &[1; BLOCK_SIZE], block);
 }
 
 #[test]

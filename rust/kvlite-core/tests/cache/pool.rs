@@ -54,7 +54,7 @@ fn a_pin_on_the_end_protects_every_block_above_it_and_no_sibling() {
     let mut cache = Cache::new(&config(8));
     let ours = publish(&mut cache, tenant(0), &text(1, 3));
     let sibling = alloc(&mut cache, 1, None)[0];
-    cache.insert(tenant(0), Some(ours[0]), &[0; BLOCK_SIZE], sibling, Provenance::Exact);
+    cache.insert(tenant(0), Some(ours[0]), &[0; BLOCK_SIZE], sibling);
     cache.unpin(sibling);
     assert_eq!(ours.iter().map(|&block| cache.state(block)).collect::<Vec<_>>(), [BlockState::Owned; 3]);
     assert_eq!(cache.state(sibling), BlockState::Cached);
@@ -92,9 +92,9 @@ fn a_duplicate_leaves_the_callers_block_to_the_caller_and_pins_the_other() {
     let mut cache = Cache::new(&config(8));
     let stored = remember(&mut cache, tenant(0), &text(1, 2));
     let mine = alloc(&mut cache, 2, None);
-    let first = cache.insert(tenant(0), None, &text(1, 2)[..BLOCK_SIZE], mine[0], Provenance::Exact);
+    let first = cache.insert(tenant(0), None, &text(1, 2)[..BLOCK_SIZE], mine[0]);
     assert_eq!(first, Inserted::Duplicate(stored[0]));
-    let second = cache.insert(tenant(0), Some(stored[0]), &text(1, 2)[BLOCK_SIZE..], mine[1], Provenance::Exact);
+    let second = cache.insert(tenant(0), Some(stored[0]), &text(1, 2)[BLOCK_SIZE..], mine[1]);
     assert_eq!(second, Inserted::Duplicate(stored[1]));
     cache.unpin(stored[0]);
     assert_eq!(cache.counts(), BlockCounts { free: 4, cached: 0, owned: 4, in_transfer: 0 });

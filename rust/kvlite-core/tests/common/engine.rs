@@ -76,6 +76,10 @@ pub fn small_config() -> CoreConfig {
         attention_cost_tokens: 4096,
         reserve_tokens: 4,
         watermark_ratio: 1.0,
+        segment_cache_ratio: 0.5,
+        model_digest: 0,
+        canonical_prefix: vec![],
+        max_segments: 4,
         hash_seed: 7,
     }
 }

@@ -33,6 +33,10 @@ impl Steady {
             attention_cost_tokens: 4096,
             reserve_tokens: 64,
             watermark_ratio: 1.0,
+            segment_cache_ratio: 0.5,
+            model_digest: 0,
+            canonical_prefix: vec![],
+            max_segments: 4,
             hash_seed: 1,
         };
         let core = Core::new(config).expect("a valid configuration");
