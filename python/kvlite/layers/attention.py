@@ -14,7 +14,7 @@ from kvlite.ops import Ops
 
 
 class KeyIndex(Protocol):
-    """Which keys each row may see and where they lie; int32 tensors. `models.decoder.ForwardBatch` is one."""
+    """Which keys each row may see and where they lie; int32 tensors. `models.batch.ForwardBatch` is one."""
 
     @property
     def last_key(self) -> torch.Tensor:
@@ -69,8 +69,14 @@ class Attention:
         """
         q, k, v = qkv
         k_cache, v_cache = cache
-        self._store_kv(k, v, k_cache, v_cache, keys.slot_mapping)
+        self.store(k, v, cache, keys.slot_mapping)
         self._attention(
             q, k_cache, v_cache, keys.block_table, keys.query_start, keys.context_len, keys.seq_row, keys.last_key,
             self.scale, self.window, out, lse,
         )  # fmt: skip
+
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor
+    ) -> None:
+        """Writes k and v [T, KH, D] to slots [T] int32 of `cache`; -1 writes nothing."""
+        self._store_kv(k, v, *cache, slots)

@@ -17,38 +17,16 @@ import torch
 from kvlite.errors import ModelLoadError
 from kvlite.layers.attention import Attention
 from kvlite.layers.embedding import Embedding
-from kvlite.layers.linear import Linear, choose_row_tile, padded_rows
+from kvlite.layers.linear import Linear, choose_row_tile
 from kvlite.layers.norm import RmsNorm
 from kvlite.layers.rope import RotaryEmbedding
+from kvlite.models.batch import ForwardBatch
 from kvlite.models.config import Family, KeyMap, ModelConfig
+from kvlite.models.probe import LayerState, Probe, Watch
 from kvlite.models.registry import load_config
+from kvlite.models.scratch import Scratch
 from kvlite.models.weights import Checkpoint, Param, Progress
 from kvlite.ops import Ops
-
-MAX_CACHED_VIEWS = 64
-"""Row counts whose buffer views are kept: decode batches come back with the same few."""
-
-
-@dataclass(frozen=True)
-class ForwardBatch:
-    """T rows of S sequences, on the model's device; int32 except where noted. Built by the runner from one plan."""
-
-    token_ids: torch.Tensor
-    """[T] int32 or int64, each in [0, vocab)."""
-    positions: torch.Tensor
-    """[T] RoPE positions, each in [0, max_model_len)."""
-    last_key: torch.Tensor
-    """[T] largest key index each row may see."""
-    slot_mapping: torch.Tensor
-    """[T] where each row's key and value go, -1 = nowhere."""
-    query_start: torch.Tensor
-    """[S+1] first row of each sequence."""
-    context_len: torch.Tensor
-    """[S] keys of each sequence, this batch's rows included."""
-    seq_row: torch.Tensor
-    """[S] row of each sequence in the block table."""
-    block_table: torch.Tensor
-    """[R, NB] blocks by position."""
 
 
 @dataclass(frozen=True)
@@ -66,117 +44,6 @@ class _Layer:
     down: Linear
 
 
-@dataclass(frozen=True)
-class _Views:
-    """The scratch buffers cut to T rows; P = T, padded to whole tiles where products take tiles."""
-
-    residual: torch.Tensor
-    """[P, W]."""
-    embedded: torch.Tensor
-    """residual [T, W]."""
-    unused: torch.Tensor
-    """residual [P - T, W], kept at zero so that nothing overflows in rows that nobody reads."""
-    hidden: torch.Tensor
-    """[P, W]: normalised input of a projection."""
-    update: torch.Tensor
-    """[P, W]: what a projection adds to the residual."""
-    qkv: torch.Tensor
-    """[P, (H + 2 KH) D]."""
-    q: torch.Tensor
-    """qkv [T, H, D]."""
-    k: torch.Tensor
-    """qkv [T, KH, D]."""
-    v: torch.Tensor
-    """qkv [T, KH, D]."""
-    heads: torch.Tensor
-    """[T, H, D]: output of attention."""
-    merged: torch.Tensor
-    """[P, H D]: the same memory, padded."""
-    lse: torch.Tensor
-    """[T, H] fp32."""
-    gate_up: torch.Tensor
-    """[P, 2F]."""
-    activation: torch.Tensor
-    """[P, F]."""
-
-
-class _Scratch:
-    """Buffers for the largest T seen; growing them drops the old views."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, tiled: bool) -> None:
-        self._config = config
-        self._dtype = dtype
-        self._device = device
-        self._tiled = tiled
-        self._capacity = 0
-        self._views: dict[int, _Views] = {}
-        self._logits = torch.empty(0)
-        self.reserve(1)
-
-    def reserve(self, num_rows: int) -> None:
-        """Makes room for `num_rows`; addresses stay while the capacity suffices."""
-        capacity = padded_rows(num_rows, self._tiled)
-        if capacity <= self._capacity:
-            return
-        c = self._config
-        # Normal tensors, not inference tensors: callers may change results in place outside inference mode.
-        with torch.inference_mode(mode=False):
-            self._residual, self._hidden, self._update = (self._zeros(capacity, c.hidden_size) for _ in range(3))
-            self._qkv = self._zeros(capacity, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
-            self._merged = self._zeros(capacity, c.num_heads * c.head_dim)
-            self._lse = torch.zeros(capacity, c.num_heads, dtype=torch.float32, device=self._device)
-            self._gate_up = self._zeros(capacity, 2 * c.intermediate_size)
-            self._activation = self._zeros(capacity, c.intermediate_size)
-        self._capacity = capacity
-        self._views.clear()
-
-    def views(self, num_rows: int) -> _Views:
-        """Views for T = num_rows."""
-        views = self._views.get(num_rows)
-        if views is None:
-            self.reserve(num_rows)
-            if len(self._views) >= MAX_CACHED_VIEWS:
-                self._views.pop(next(iter(self._views)))
-            views = self._views[num_rows] = self._cut(num_rows, padded_rows(num_rows, self._tiled))
-        return views
-
-    def _cut(self, rows: int, padded: int) -> _Views:
-        c = self._config
-        qkv = self._qkv[:padded]
-        sizes = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
-        q, k, v = torch.split(qkv[:rows].view(rows, sum(sizes), c.head_dim), sizes, dim=1)
-        merged = self._merged[:padded]
-        residual = self._residual[:padded]
-        return _Views(
-            residual=residual,
-            embedded=residual[:rows],
-            unused=residual[rows:],
-            hidden=self._hidden[:padded],
-            update=self._update[:padded],
-            qkv=qkv,
-            q=q,
-            k=k,
-            v=v,
-            heads=merged[:rows].view(rows, c.num_heads, c.head_dim),
-            merged=merged,
-            lse=self._lse[:rows],
-            gate_up=self._gate_up[:padded],
-            activation=self._activation[:padded],
-        )
-
-    def logits(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows padded to whole tiles [P, W], logits [P, V] in the engine's dtype)."""
-        padded = padded_rows(num_rows, self._tiled)
-        if self._logits.shape[0] < padded:
-            with torch.inference_mode(mode=False):
-                self._logits = self._zeros(padded, self._config.vocab_size)
-                self._logit_rows = self._zeros(padded, self._config.hidden_size)
-        return self._logit_rows[:padded], self._logits[:padded]
-
-    def _zeros(self, rows: int, width: int) -> torch.Tensor:
-        return torch.zeros(rows, width, dtype=self._dtype, device=self._device)
-
-
 class Decoder:
     """A loaded model. Not for several threads at once: the scratch buffers are shared by every call."""
 
@@ -191,13 +58,16 @@ class Decoder:
         weight = params["embedding.weight"]
         self.dtype, self.device = params["norm"].dtype, weight.device
         self._silu_mul = ops.silu_mul
+        self.key_mass = ops.key_mass
+        """The op that probes need over this decoder's rows and keys."""
+        self._place_kv = ops.place_kv
         self._embedding = Embedding(weight)
         self._rope = RotaryEmbedding(config.rope, max_model_len, weight.device, ops)
         self._norm = RmsNorm(params["norm"], config.rms_norm_eps, ops)
         linear = _Linears(params, ops, deterministic)
         self._head = linear("head" if "head.weight" in params else "embedding")
         self._layers = [_build_layer(config, i, params, linear, ops) for i in range(config.num_layers)]
-        self._scratch = _Scratch(config, self.dtype, weight.device, linear.tiled)
+        self._scratch = Scratch(config, self.dtype, weight.device, linear.tiled)
         self._tiled = linear.tiled
         self._kv_pool: torch.Tensor | None = None
         self._kv_views: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -208,36 +78,56 @@ class Decoder:
         self._scratch.logits(num_samples)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv_pool: torch.Tensor) -> torch.Tensor:
-        """Runs all layers, stores every row's keys and values in `kv_pool`, returns normalised hidden states [T, W].
+    def forward(self, batch: ForwardBatch, kv_pool: torch.Tensor, probes: Sequence[Probe] = ()) -> torch.Tensor:
+        """Runs all layers, stores every row's keys and values in `kv_pool`, returns normalised hidden states [T', W].
 
-        kv_pool [num_blocks, layers, 2, block_size, KH, D] in the model's dtype. The result is a view of a buffer that
-        the next call overwrites. T >= 1.
+        kv_pool [num_blocks, layers, 2, block_size, KH, D] in the model's dtype. T' are the rows that no probe lets
+        leave (`probe.rows_to_the_end`), without probes all T. The result is a view of a buffer that the next call
+        overwrites. T >= 1.
         """
-        num_rows = batch.token_ids.shape[0]
-        s = self._scratch.views(num_rows)
+        s = self._scratch.views(batch.token_ids.shape[0])
+        watch = Watch(probes, batch.token_ids.shape[0]) if probes else None
         self._embedding(batch.token_ids, s.embedded)
         s.unused.zero_()
-        first = True
-        for layer, cache in zip(self._layers, self._caches(kv_pool), strict=True):
-            if first:
+        for index, (layer, cache) in enumerate(zip(self._layers, self._caches(kv_pool), strict=True)):
+            if index == 0:
                 layer.input_norm(s.residual, s.hidden)
-                first = False
             else:
                 layer.input_norm.add(s.update, s.residual, s.hidden)
             layer.qkv(s.hidden, s.qkv)
+            if watch is not None:
+                watch.before_store(LayerState(index, s, batch, cache, layer.attention))
+                staying = watch.leave(index)
+                if staying is not None:
+                    if not len(staying):
+                        return s.embedded[:0]
+                    batch, s = batch.keep(staying), self._scratch.compact(s, staying)
             if layer.q_norm is not None and layer.k_norm is not None:
                 layer.q_norm(s.q, s.q)
                 layer.k_norm(s.k, s.k)
+            if batch.segment_slot is not None:
+                layer.attention.store(s.k, s.v, cache, batch.segment_slot)
             self._rope(s.q, s.k, batch.positions)
             layer.attention((s.q, s.k, s.v), cache, batch, s.heads, s.lse)
+            if watch is not None:
+                watch.after_attention(LayerState(index, s, batch, cache, layer.attention))
             layer.output(s.merged, s.update)
             layer.mlp_norm.add(s.update, s.residual, s.hidden)
             layer.gate_up(s.hidden, s.gate_up)
             self._silu_mul(s.gate_up, s.activation)
             layer.down(s.activation, s.update)
         self._norm.add(s.update, s.residual, s.hidden)
-        return s.hidden[:num_rows]
+        return s.hidden[: batch.token_ids.shape[0]]
+
+    @torch.inference_mode()
+    def place_kv(
+        self, kv_pool: torch.Tensor, source_slot: torch.Tensor, target_slot: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Copies keys that were stored before RoPE, and their values, in all layers to where they are used, rotated.
+
+        source_slot, target_slot [P] int32 · positions [P] int32 of the copies, each in [0, max_model_len).
+        """
+        self._place_kv(kv_pool, source_slot, target_slot, positions, self._rope.cos, self._rope.sin)
 
     @torch.inference_mode()
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,17 @@ goes where. Called by model_runner.py.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kvlite.runner.plan import Plan
 
+PlaceKv = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""(pool, source slots, target slots, positions): `Decoder.place_kv`."""
 CPU_CACHE_BYTES_LIMIT = 2 << 30
 """Ceiling of the automatic budget on a CPU: a laptop must stay usable."""
 CPU_CACHE_SHARE = 0.25
@@ -63,6 +67,20 @@ class KVPool:
         if len(plan.block_update):
             updates = torch.tensor(plan.block_update, dtype=torch.int64).to(device)
             self.block_table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
+
+    def place(self, plan: Plan, place_kv: PlaceKv) -> None:
+        """Copies rows of segments to where sequences use them, keys rotated; after `apply`, before any store."""
+        if not len(plan.place):
+            return
+        device, block_size = self.data.device, self.shape.block_size
+        seq_row, start, length, offset, first, _count = plan.place.astype(np.int64).T
+        which = np.repeat(np.arange(len(plan.place)), length)
+        row = np.arange(len(which)) - np.repeat(np.cumsum(length) - length, length)
+        position, source = start[which] + row, offset[which] + row
+        source = plan.source_blocks[first[which] + source // block_size] * block_size + source % block_size
+        at = torch.tensor(np.stack([seq_row[which], position, source])).to(device)
+        target = self.block_table[at[0], at[1] // block_size] * block_size + at[1] % block_size
+        place_kv(self.data, at[2].int(), target.int(), at[1].int())
 
 
 def cache_budget_bytes(wanted: int | None, device: torch.device) -> int:

@@ -1,19 +1,22 @@
-"""`ModelRunner`: carries out one plan: block changes, forward pass, logits of the sampled rows, sampling, the answer.
+"""`ModelRunner`: carries out one plan: block changes, places, forward pass, scores, logits of sampled rows, samples.
 
-Owns the KV pool, the sampler's tables and the last token of every row; decides nothing. A row without usable logits
-ends that row's request; an exception ends the plan, and the engine goes on. Called by engine.py once per step.
+Owns the KV pool, the sampler's tables, the reuse methods by number and the last token of every row; decides nothing. A
+row without usable logits ends that row's request; an exception ends the plan, and the engine goes on. Called by
+engine.py once per step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kvlite.models import Decoder, ForwardBatch
+from kvlite.models import Decoder, ForwardBatch, Probe, rows_to_the_end
+from kvlite.reuse import MethodTable, ScoreEntry
 from kvlite.runner.kv_pool import KVPool
-from kvlite.runner.plan import Arena, Plan, Status
+from kvlite.runner.plan import Arena, Int32, Plan, SampleKind, Status, as_rows
 from kvlite.runner.sampler import RawLogprobs, Sampler
 
 LOGITS_ROWS = 256
@@ -28,6 +31,8 @@ class RunResult:
     """By index of the sample row."""
     fault: Exception | None = None
     """Why the plan failed, if it did."""
+    logits: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    """By seq_row: raw logits [V] fp32 on the CPU of a row that was in `ModelRunner.captured`."""
 
 
 class ModelRunner:
@@ -37,35 +42,63 @@ class ModelRunner:
         self.decoder = decoder
         self.pool = pool
         self.sampler = sampler
+        self.methods = MethodTable()
+        """What the method ids of score rows mean."""
+        self.captured: set[int] = set()
+        """Sequences (seq_row) whose next logits are wanted; a row leaves when they are handed out."""
         rows = pool.block_table.shape[0]
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=decoder.device)
 
     def run(self, arena: Arena, plan: Plan) -> RunResult:
         """Computes `plan`, which lies in `arena`, and completes it there. Never raises an Exception."""
         try:
-            logprobs = self._run(arena, plan)
+            result = self._run(arena, plan)
         except Exception as error:  # a fault of a step ends that batch, not the engine
             arena.complete(plan.plan_id, Status.FAILED)
             return RunResult({}, error)
         arena.complete(plan.plan_id, Status.OK)
-        return RunResult(logprobs)
+        return result
 
     @torch.inference_mode()
-    def _run(self, arena: Arena, plan: Plan) -> dict[int, RawLogprobs]:
+    def _run(self, arena: Arena, plan: Plan) -> RunResult:
         self.pool.apply(plan)
+        self.pool.place(plan, self.decoder.place_kv)
         arena.upload()
-        hidden = self.decoder.forward(self._batch(arena, plan), self.pool.data)
-        logprobs: dict[int, RawLogprobs] = {}
+        probes = self._probes(plan)
+        hidden = self.decoder.forward(self._batch(arena, plan), self.pool.data, probes)
+        result = self._sample(plan, hidden, rows_to_the_end(probes, plan.num_tokens))
+        _answer(plan, probes)
+        self._remember(plan)
+        return result
+
+    def _sample(self, plan: Plan, hidden: torch.Tensor, kept: NDArray[np.int64] | None) -> RunResult:
+        """`kept`: the rows of the plan that `hidden` has, None = all."""
+        result = RunResult({})
         for start in range(0, len(plan.sample), LOGITS_ROWS):
             part = plan.sample[start : start + LOGITS_ROWS]
             rows, seq_rows, kinds = part[:, 0], part[:, 1], part[:, 2]
-            picked = torch.tensor(rows, dtype=torch.int64, device=hidden.device)
-            logits = self.decoder.logits(hidden[picked])
+            where = rows if kept is None else np.searchsorted(kept, rows)
+            logits = self.decoder.logits(hidden[torch.tensor(where, dtype=torch.int64, device=hidden.device)])
+            if self.captured:
+                self._capture(seq_rows, kinds, logits, result)
             sampled = self.sampler.sample(logits, seq_rows, kinds, plan.last_key[rows])
             plan.sampled[start : start + len(part)] = sampled.tokens
-            logprobs |= {start + n: found for n, found in sampled.logprobs.items()}
-        self._remember(plan)
-        return logprobs
+            result.logprobs.update({start + n: found for n, found in sampled.logprobs.items()})
+        return result
+
+    def _capture(self, seq_rows: Int32, kinds: Int32, logits: torch.Tensor, result: RunResult) -> None:
+        for n in np.flatnonzero(kinds == SampleKind.SAMPLE):
+            seq_row = int(seq_rows[n])
+            if seq_row in self.captured:
+                self.captured.remove(seq_row)
+                result.logits[seq_row] = logits[n].cpu().clone()
+
+    def _probes(self, plan: Plan) -> list[Probe]:
+        probes: list[Probe] = []
+        for seq, first, count, start, end, method_id, number in as_rows(plan.score):
+            entry = ScoreEntry(range(first, first + count), int(plan.seq_row[seq]), range(start, end), number)
+            probes.append(self.methods[method_id].probe(entry, self.decoder.key_mass))
+        return probes
 
     def _batch(self, arena: Arena, plan: Plan) -> ForwardBatch:
         tokens, seqs = plan.num_tokens, plan.num_seqs
@@ -86,6 +119,7 @@ class ModelRunner:
             context_len=views["context_len"][:seqs],
             seq_row=views["seq_row"][:seqs],
             block_table=self.pool.block_table,
+            segment_slot=views["segment_slot"][:tokens] if (plan.segment_slot >= 0).any() else None,
         )
 
     def _remember(self, plan: Plan) -> None:
@@ -93,3 +127,13 @@ class ModelRunner:
         if len(plan.sample):
             rows = torch.tensor(plan.sample[:, 1], dtype=torch.int64, device=self._last_token.device)
             self._last_token[rows] = torch.tensor(np.maximum(plan.sampled, 0), device=self._last_token.device)
+
+
+def _answer(plan: Plan, probes: list[Probe]) -> None:
+    """Writes weight and value of every key that was scored, in the order of the score rows."""
+    at = 0
+    for probe in probes:
+        weight, value = probe.result()
+        plan.scored[at : at + len(weight), 0] = weight.cpu().numpy()
+        plan.scored[at : at + len(weight), 1] = value.cpu().numpy()
+        at += len(weight)

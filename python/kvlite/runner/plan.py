@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
 
 HEADER_LEN = 32
 
@@ -131,17 +132,23 @@ class Plan:
     positions: Int32
     last_key: Int32
     slot_mapping: Int32
+    segment_slot: Int32
     query_start: Int32
     context_len: Int32
     seq_row: Int32
     sample: Int32
     block_update: Int32
+    place: Int32
+    source_blocks: Int32
+    score: Int32
     block_copy: Int32
     admitted: Int32
     committed: Int32
     finished: Int32
     sampled: Int32
     """The runner's answer per sample row; below 0 ends that row's request with an error."""
+    scored: Float32
+    """The runner's answer per key of each score row, one row after the other: weight, value."""
 
 
 class Arena:
@@ -180,16 +187,21 @@ class Arena:
             positions=views["positions"][:tokens],
             last_key=views["last_key"][:tokens],
             slot_mapping=views["slot_mapping"][:tokens],
+            segment_slot=views["segment_slot"][:tokens],
             query_start=views["query_start"][: seqs + 1],
             context_len=views["context_len"][:seqs],
             seq_row=views["seq_row"][:seqs],
             sample=views["sample"][:samples],
             block_update=views["block_update"][: header[Header.NUM_BLOCK_UPDATES]],
+            place=views["place"][: header[Header.NUM_PLACES]],
+            source_blocks=views["source_blocks"][: header[Header.NUM_SOURCE_BLOCKS]],
+            score=views["score"][: header[Header.NUM_SCORES]],
             block_copy=views["block_copy"][: header[Header.NUM_BLOCK_COPIES]],
             admitted=views["admitted"][: header[Header.NUM_ADMITTED]],
             committed=views["committed"][: header[Header.NUM_COMMITTED]],
             finished=views["finished"][: header[Header.NUM_FINISHED]],
             sampled=views["sampled"][:samples],
+            scored=views["scored"].view(np.float32),
         )
 
     def complete(self, plan_id: int, status: Status) -> None:
