@@ -15,7 +15,8 @@ from tokenizers import decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from kvlite import InvalidRequestError, ModelLoadError
-from kvlite.tokenizer import Detokenizer, Tokenizer, load_generation_defaults
+from kvlite.model_files import load_generation_defaults
+from kvlite.tokenizer import Detokenizer, Tokenizer
 from tests.engines import SHIPPED
 
 TOKENIZER = Tokenizer(SHIPPED)

@@ -1,24 +1,27 @@
 """`ChatTemplate`: renders a conversation in jinja2's sandbox and remembers which text came from users.
 
-Owns the environment (the one that Hugging Face templates expect) and the protection of user text: a piece of it that
-could be, or complete, a special token is rendered as a placeholder and put back afterwards as a protected span.
-jinja2 is imported at the first use. Called by tokenizer.py; knows no ids.
+Owns the protection of user text: a piece of it that could be, or complete, a special token is rendered as a placeholder
+and put back afterwards as a protected span. A whole document is one placeholder, so it is known where it lies. Owns
+where a template takes documents, too. Called by tokenizer.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
+from enum import Enum, auto
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
+from kvlite.chat_environment import environment
 from kvlite.errors import InvalidRequestError, KvliteError, ModelLoadError
+from kvlite.reuse_types import Document
 
 if TYPE_CHECKING:
     import jinja2
@@ -40,13 +43,72 @@ class Rendered:
 
     text: str
     protected: tuple[tuple[int, int], ...] = ()
+    documents: tuple[tuple[int, int, int], ...] = ()
+    """(start, end, number) of every document's text, ascending by start."""
+
+    def part(self, start: int, end: int) -> Rendered:
+        """The text from `start` to `end` with its protected spans, without documents."""
+        first = bisect_right(self.protected, start, key=lambda span: span[1])
+        last = bisect_left(self.protected, end, key=lambda span: span[0])
+        spans = self.protected[first:last]
+        return Rendered(self.text[start:end], tuple((max(a, start) - start, min(b, end) - start) for a, b in spans))
+
+
+class Place(Enum):
+    """Where a template takes documents."""
+
+    VARIABLE = auto()
+    """Its own variable `documents`."""
+    ROLE = auto()
+    """Messages of the role `document`."""
+    MESSAGE = auto()
+    """Nowhere: they become part of the first user message."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a template does with documents."""
+
+    place: Place
+    wrapper: str
+    """Text that stands before every document, the first one included; "" when that differs."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Documents and the place where a template takes them. All of them have texts."""
+
+    documents: Sequence[Document]
+    place: Place
+    role: str = "document"
+
+    def put_in(self, messages: list[dict[str, Any]], shield: _Shield) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The messages with the documents among them, and further variables; everything is shielded."""
+        texts = [shield.hide_document(document.text or "") for document in self.documents]
+        titles = [shield.hide(document.title) for document in self.documents]
+        if self.place is Place.MESSAGE:
+            return _in_first_user_message(messages, texts, titles), {}
+        entries: list[dict[str, Any]] = []
+        key = "text" if self.place is Place.VARIABLE else "content"
+        for text, title in zip(texts, titles, strict=True):
+            entries.append({key: text} if title is None else {"title": title, key: text})
+        if self.place is Place.VARIABLE:
+            return messages, {"documents": entries}
+        start = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
+        told = [{"role": self.role, **entry} for entry in entries]
+        return [*messages[:start], *told, *messages[start:]], {}
+
+
+_PROBES = (Document("a"), Document("b"), Document("c"))
+_PROBE_MESSAGES = ({"role": "user", "content": "a"},)
 
 
 class ChatTemplate:
     """One template of a model directory."""
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self.source = source
+        self._placement: Placement | None = None
 
     @cached_property
     def compiled(self) -> jinja2.Template:
@@ -54,24 +116,65 @@ class ChatTemplate:
         import jinja2
 
         try:
-            return _environment().from_string(self._source)
+            return environment(_check_time).from_string(self.source)
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise ModelLoadError(f"the chat template cannot be compiled: {error}") from None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, specials: Sequence[str], variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        specials: Sequence[str],
+        variables: Mapping[str, Any],
+        placed: Placed | None = None,
     ) -> Rendered:
         """The conversation as text. Raises InvalidRequestError when the template refuses or exceeds its limit."""
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not is_list or not all(isinstance(message, Mapping) for message in messages):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequestError("messages", "must be a list of objects with role and content")
+        return self._render(messages, specials, variables, placed)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        specials: Sequence[str],
+        variables: Mapping[str, Any],
+        placed: Placed | None,
+    ) -> Rendered:
         shield = _Shield(specials)
         shield.learn([_flatten(message) for message in messages], 0)
         for name in ("tools", "documents"):
             shield.learn(variables.get(name), 0)
+        if placed is not None:
+            shield.learn([[document.text, document.title] for document in placed.documents], 0)
         shielded = [shield.hide_message(_flatten(message)) for message in messages]
         extra = {name: shield.hide(variables[name]) for name in ("tools", "documents") if variables.get(name)}
+        if placed is not None:
+            shielded, more = placed.put_in(shielded, shield)
+            extra |= more
         return shield.reveal(self._run({"messages": shielded, **variables, **extra}))
+
+    def placement(self, specials: Sequence[str], variables: Mapping[str, Any]) -> Placement:
+        """Found once, by rendering three documents; `variables` are the model's own tokens."""
+        if self._placement is None:
+            self._placement = self._find_placement(specials, variables)
+        return self._placement
+
+    def _find_placement(self, specials: Sequence[str], variables: Mapping[str, Any]) -> Placement:
+        def probe(place: Place, role: str = "document") -> Rendered | None:
+            try:
+                found = self._render(_PROBE_MESSAGES, specials, variables, Placed(_PROBES, place, role))
+            except InvalidRequestError:
+                return None
+            return found if [number for *_, number in found.documents] == [0, 1, 2] else None
+
+        if (found := probe(Place.VARIABLE)) is not None:
+            return Placement(Place.VARIABLE, _wrapper(found, specials))
+        # A template that writes any role as it comes was not trained on documents.
+        if (found := probe(Place.ROLE)) is not None and probe(Place.ROLE, "anything") is None:
+            return Placement(Place.ROLE, _wrapper(found, specials))
+        found = probe(Place.MESSAGE)
+        return Placement(Place.MESSAGE, "" if found is None else _wrapper(found, specials))
 
     def _run(self, variables: Mapping[str, Any]) -> str:
         parts: list[str] = []
@@ -93,6 +196,34 @@ class ChatTemplate:
         return "".join(parts)
 
 
+def _in_first_user_message(
+    messages: list[dict[str, Any]], texts: list[str], titles: list[str | None]
+) -> list[dict[str, Any]]:
+    at = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
+    if at is None or not isinstance(messages[at].get("content"), str):
+        raise InvalidRequestError("documents", "need a user message with text: the chat template has no other place")
+    names = ["Document" if title is None else f'Document "{title}"' for title in titles]
+    told = "".join(f"\n\n{name}: {text}" for name, text in zip(names, texts, strict=True))
+    return [*messages[:at], {**messages[at], "content": f"{told}\n\n{messages[at]['content']}"}, *messages[at + 1 :]]
+
+
+def _wrapper(rendered: Rendered, specials: Sequence[str]) -> str:
+    """The text between two documents, when it is the same in every gap and stands before the first one as well."""
+    text, spans = rendered.text, rendered.documents
+    gaps = {text[left[1] : right[0]] for left, right in pairwise(spans)}
+    before, gap = text[: spans[0][0]], next(iter(gaps))
+    if len(gaps) > 1 or not gap or not before.endswith(gap):
+        return ""
+    cut = len(before) - len(gap)
+    cuts_special = any(
+        before.startswith(special, at)
+        for special in specials
+        for at in range(max(cut - len(special) + 1, 0), cut)
+        if at + len(special) > cut
+    )
+    return "" if cuts_special else gap
+
+
 class _Shield:
     """Hides the dangerous pieces of user strings behind placeholders `<mark>number<mark>`, and puts them back.
 
@@ -106,6 +237,8 @@ class _Shield:
         self._pattern = re.compile("|".join(longest_first)) if longest_first else None
         self._seen: set[str] = set()
         self._hidden: list[str] = []
+        self._documents: dict[int, int] = {}
+        """Number of the document by the number of its placeholder."""
         self._mark = ""
 
     def learn(self, value: Any, depth: int) -> None:
@@ -154,6 +287,11 @@ class _Shield:
         middle = self._pattern.sub(lambda match: self._placeholder(match[0]), text[head:end])
         return self._placeholder(text[:head]) + middle + self._placeholder(text[end:])
 
+    def hide_document(self, text: str) -> str:
+        """The next document's text as one placeholder, whatever is in it."""
+        self._documents[len(self._hidden)] = len(self._documents)
+        return self._placeholder(text)
+
     def _placeholder(self, piece: str) -> str:
         if not piece:
             return ""
@@ -168,13 +306,16 @@ class _Shield:
         if len(parts) % 2 == 0 or not all(part.isdecimal() and int(part) < len(self._hidden) for part in parts[1::2]):
             raise InvalidRequestError("messages", "the chat template cuts text that holds special tokens")
         spans: list[tuple[int, int]] = []
+        documents: list[tuple[int, int, int]] = []
         start = 0
         for n, part in enumerate(parts):
             if n % 2:
                 parts[n] = self._hidden[int(part)]
                 spans.append((start, start + len(parts[n])))
+                if int(part) in self._documents:
+                    documents.append((*spans[-1], self._documents[int(part)]))
             start += len(parts[n])
-        return Rendered("".join(parts), tuple(spans))
+        return Rendered("".join(parts), tuple(spans), tuple(documents))
 
 
 def _overlaps(left: str, right: str) -> list[int]:
@@ -196,64 +337,3 @@ def _flatten(message: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_time() -> None:
     if time.monotonic() > _deadline.get():
         raise InvalidRequestError("messages", f"the chat template takes longer than {TIME_LIMIT_S:g} s")
-
-
-def _timed(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _check_time()
-        yield item
-
-
-def _environment() -> jinja2.Environment:
-    """Jinja as Hugging Face templates expect it: sandbox, loop controls, tojson, generation blocks.
-
-    Whatever can repeat, loops and calls, looks at the clock.
-    """
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-    from jinja2 import nodes
-    from jinja2.parser import Parser
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        def call(self, /, *args: Any, **kwargs: Any) -> Any:
-            _check_time()
-            return super().call(*args, **kwargs)
-
-        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-            template = super()._parse(source, name, filename)
-            for loop in template.find_all(nodes.For):
-                loop.iter = nodes.Filter(loop.iter, "_timed", [], [], None, None, lineno=loop.lineno)
-            template.set_environment(self)
-            return template
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks assistant text for training; here it is transparent."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    filters = cast("dict[str, Any]", environment.filters)
-    filters.update(tojson=tojson, _timed=_timed)
-    variables = cast("dict[str, Any]", environment.globals)
-    variables.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment

@@ -1,6 +1,6 @@
 """`Tokenizer`: text to ids and back, over `tokenizers` and the files of a model directory.
 
-Owns tokenizer.json, tokenizer_config.json and generation_config.json. User text never turns into special tokens: only
+Owns tokenizer.json and tokenizer_config.json. User text never turns into special tokens: only
 raw ids and the chat template's own literals do. Thread-safe once made. Called by engine and server; knows no model.
 """
 
@@ -17,12 +17,10 @@ from typing import Any, cast
 
 import tokenizers
 
-from kvlite.chat_template import ChatTemplate, Rendered
+from kvlite.chat_template import ChatTemplate, Place, Placed, Rendered
 from kvlite.errors import InvalidRequestError, ModelLoadError
-from kvlite.types import GenerationDefaults
-
-JSON_BYTES_LIMIT = 1 << 20
-"""Size of a small JSON file of a model directory; more is refused before it is read."""
+from kvlite.model_files import JSON_BYTES_LIMIT, read_json, read_text
+from kvlite.reuse_types import Document, EncodedPrompt, Segment, SegmentSpan
 
 Message = Mapping[str, Any]
 
@@ -157,6 +155,101 @@ class Tokenizer:
             return _encode(self._control, rendered.text)
         return self._encode_protected(rendered)
 
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        documents: Sequence[Document] = (),
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> EncodedPrompt:
+        """A conversation over documents that have texts: each is a segment, whose ids depend on nothing but itself.
+
+        Documents go where the template takes them. The text that the template writes before every document belongs to
+        the segment. Pieces between segments are tokenised one by one; without documents, as `apply_chat_template`.
+        Raises InvalidRequestError.
+        """
+        if not documents:
+            return EncodedPrompt(
+                self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
+            )
+        template, given = self._template(variables), self._variables(add_generation_prompt, variables)
+        specials = tuple(self._specials)
+        placement = template.placement(specials, self._variables(True, {}))
+        placed = Placed(documents, placement.place)
+        rendered = template.render(messages, specials=specials, variables=given, placed=placed)
+        missing = set(range(len(documents))) - {number for *_, number in rendered.documents}
+        if missing:
+            raise InvalidRequestError(f"documents[{min(missing)}]", "the model's chat template leaves it out")
+        warning = "the model's chat template has no place for documents: they are part of the first user message"
+        warnings = (warning,) if placement.place is Place.MESSAGE else ()
+        return self._encode_pieces(rendered, placement.wrapper, documents, warnings)
+
+    def _encode_pieces(
+        self, rendered: Rendered, wrapper: str, documents: Sequence[Document], warnings: tuple[str, ...]
+    ) -> EncodedPrompt:
+        ids, spans, done = list[int](), list[SegmentSpan](), 0
+        for start, end, number in rendered.documents:
+            front = start - len(wrapper)
+            if front < done or not rendered.text.startswith(wrapper, front):
+                front = start
+            ids += self._encode_protected(rendered.part(done, front))
+            piece = self._encode_protected(rendered.part(front, end))
+            if piece:
+                spans.append(SegmentSpan(len(ids), len(piece), documents[number].id or str(number)))
+            ids += piece
+            done = end
+        ids += self._encode_protected(rendered.part(done, len(rendered.text)))
+        return EncodedPrompt(ids, tuple(spans), warnings)
+
+    def document_ids(self, document: Document) -> list[int]:
+        """Ids of the segment that `document` is in every conversation; [] when its text has none."""
+        if not self._templates:
+            return [] if document.text is None else self.encode(document.text, add_special_tokens=False)
+        prompt = self.encode_chat([{"role": "user", "content": "a"}], [document])
+        return [id for span in prompt.spans[:1] for id in prompt.ids[span.start :][: span.length]]
+
+    def encode_parts(self, parts: Sequence[str | Sequence[int] | Segment]) -> EncodedPrompt:
+        """A prompt of parts, each tokenised alone; BOS comes first as for text, unless the first part is ids.
+
+        Raises InvalidRequestError.
+        """
+        ids, spans = list[int](), list[SegmentSpan]()
+        for n, part in enumerate(parts):
+            content = part.content if isinstance(part, Segment) else part
+            if not isinstance(content, str) and not hasattr(content, "__len__"):
+                raise InvalidRequestError("prompt", f"part {n} is neither text, token ids nor a Segment")
+            if n == 0 and isinstance(content, str):
+                ids += self._opening
+            is_text = isinstance(content, str)
+            piece = self.encode(content, add_special_tokens=False) if is_text else list[int](content)
+            if isinstance(part, Segment) and piece:
+                spans.append(SegmentSpan(len(ids), len(piece), part.id or str(len(spans))))
+            ids += piece
+        return EncodedPrompt(ids, tuple(spans))
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the model's files put before text: BOS, or nothing."""
+        bare, whole = self.encode("a", add_special_tokens=False), self.encode("a")
+        size = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+        return whole[:size]
+
+    def canonical_prefix(self) -> list[int]:
+        """What segments are computed behind: the special token that a conversation begins with. [] without one.
+
+        That is the first one that the template's source names; BOS as before text where there is no template. Nothing
+        is rendered, so that an engine starts without jinja2.
+        """
+        template = self._templates.get("default")
+        if template is None:
+            return self._opening
+        for match in re.finditer(rf"\bbos_token\b|{self._special_pattern.pattern}", template.source):
+            special = self._specials.get(self._token_text("bos_token") if match[0] == "bos_token" else match[0])
+            if special is not None:
+                return [special.id]
+        return self._opening
+
     def compile_templates(self) -> None:
         """Does now what the first chat would do, for whoever must not find out then. Raises ModelLoadError."""
         for template in self._templates.values():
@@ -166,16 +259,20 @@ class Tokenizer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> Rendered:
         """The conversation as the template writes it, with the spans that must not turn into special tokens."""
+        template = self._template(variables)
+        given = self._variables(add_generation_prompt, variables)
+        return template.render(messages, specials=tuple(self._specials), variables=given)
+
+    def _template(self, variables: Mapping[str, Any]) -> ChatTemplate:
         name = "tool_use" if variables.get("tools") and "tool_use" in self._templates else "default"
         template = self._templates.get(name)
         if template is None:
             raise InvalidRequestError("messages", "the model has no chat template: send a plain prompt instead")
+        return template
+
+    def _variables(self, add_generation_prompt: bool, variables: Mapping[str, Any]) -> dict[str, Any]:
         tokens = {key: self._token_text(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return template.render(
-            messages,
-            specials=tuple(self._specials),
-            variables={**tokens, **variables, "add_generation_prompt": add_generation_prompt},
-        )
+        return {**tokens, **variables, "add_generation_prompt": add_generation_prompt}
 
     def _token_text(self, name: str) -> str:
         value: Any = self._config.get(name)
@@ -204,8 +301,8 @@ class Tokenizer:
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._specials, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)))
+        longest_first = sorted(filter(None, self._specials), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -230,54 +327,6 @@ class Detokenizer:
     def flush(self) -> str:
         """U+FFFD when the text ends inside a character, else nothing."""
         return self._decoder.decode(b"", final=True)
-
-
-def load_generation_defaults(directory: str | Path, eos_token_id: int | None = None) -> GenerationDefaults:
-    """What generation_config.json (then config.json, then the tokenizer, for EOS) asks for."""
-    config = read_json(Path(directory) / "generation_config.json")
-    eos: Any = config.get("eos_token_id")
-    if eos is None:
-        eos = read_json(Path(directory) / "config.json").get("eos_token_id", eos_token_id)
-    ids = cast("list[Any]", eos if isinstance(eos, list) else [] if eos is None else [eos])
-    greedy = config.get("do_sample") is False
-    try:
-        return GenerationDefaults(
-            temperature=0.0 if greedy else config.get("temperature") or 1.0,
-            top_p=config.get("top_p") or 1.0,
-            top_k=config.get("top_k") or 0,
-            min_p=config.get("min_p") or 0.0,
-            repetition_penalty=config.get("repetition_penalty") or 1.0,
-            max_tokens=config.get("max_new_tokens"),
-            eos_token_ids=tuple(ids),
-        )
-    except InvalidRequestError as error:
-        raise ModelLoadError(f"{directory}/generation_config.json: {error}") from None
-
-
-def read_text(path: Path, limit: int) -> str | None:
-    """The file's text, None when there is none; ModelLoadError above `limit` bytes or outside UTF-8."""
-    try:
-        if path.stat().st_size > limit:
-            raise ModelLoadError(f"{path} has {path.stat().st_size} bytes, at most {limit} are read")
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, {} when there is no file. Raises ModelLoadError."""
-    text = read_text(path, JSON_BYTES_LIMIT)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} holds no JSON object")
-    return cast("dict[str, Any]", value)
 
 
 def _templates(config: Mapping[str, Any], file_text: str | None) -> dict[str, ChatTemplate]:

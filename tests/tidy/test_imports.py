@@ -16,7 +16,7 @@ from tests.tidy.sources import ROOT, blank_rust, read, sources, without_rust_tes
 
 LEAVES = {"errors", "checks", "reuse_types", "types", "config", "progress"}
 COMPUTE = LEAVES | {"_core", "ops"}
-REQUEST = LEAVES | {"chat_template", "tokenizer", "request"}
+REQUEST = LEAVES | {"model_files", "chat_environment", "chat_template", "tokenizer", "request", "reuse"}
 ENGINE = REQUEST | {"engine"}
 SERVING = ENGINE | {"async_engine"}
 
@@ -30,11 +30,13 @@ ALLOWED: dict[str, set[str]] = {
     "ops": LEAVES | {"_core", "kernels"},
     "layers": LEAVES | {"ops"},
     "models": LEAVES | {"ops", "layers"},
-    "reuse": LEAVES | {"ops", "layers"},
+    "reuse": LEAVES | {"ops", "models"},
     "runner": COMPUTE | {"layers", "models", "reuse"},
-    "chat_template": LEAVES,
-    "tokenizer": LEAVES | {"chat_template"},
-    "request": LEAVES,
+    "chat_environment": set(),
+    "chat_template": LEAVES | {"chat_environment"},
+    "model_files": LEAVES,
+    "tokenizer": LEAVES | {"chat_template", "model_files"},
+    "request": LEAVES | {"reuse"},
     "output": REQUEST | {"runner"},
     "startup": COMPUTE | REQUEST | {"models", "runner"},
     "inflight": REQUEST | {"output", "runner"},
