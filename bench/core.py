@@ -67,6 +67,7 @@ class Loop:
             "max_model_len": shape.max_model_len,
             "block_size": BLOCK_SIZE,
             "max_num_waiting": max(shape.max_num_seqs, 16),
+            "max_segments": 1,
         }
         config = limits | {
             "num_blocks": shape.num_blocks,
@@ -79,7 +80,6 @@ class Loop:
             "segment_cache_ratio": 0.0,
             "model_digest": 0,
             "canonical_prefix": [],
-            "max_segments": 1,
             "hash_seed": 1,
         }
         layout = Layout.of(**limits)

@@ -143,7 +143,7 @@ def test_exceptions_have_the_parents_that_the_stub_states():
 
 
 def test_the_python_mirror_of_the_layout_equals_the_cores():
-    sizes = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "max_num_waiting")
+    sizes = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "max_num_waiting", "max_segments")
     for changes in ({}, {"block_size": 3, "max_model_len": 61, "max_num_seqs": 1, "max_num_waiting": 77}):
         config = CONFIG | changes
         mirror = Layout.of(**{name: config[name] for name in sizes})

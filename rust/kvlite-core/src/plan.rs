@@ -65,8 +65,6 @@ pub enum Region {
 
 const NUM_REGIONS: usize = Region::Scored as usize + 1;
 const HEADER_LEN: usize = 32;
-/// Spans per request.
-const MAX_SEGMENTS: usize = 64;
 
 /// Fields of the header by index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +152,7 @@ impl Layout {
         let samples = tokens + seqs;
         let updates = 2 * blocks + 4 * seqs + tokens.div_ceil(config.block_size as usize);
         let finished = seqs + config.max_num_waiting as usize;
-        let places = seqs + MAX_SEGMENTS;
+        let places = seqs + config.max_segments as usize;
         let shapes = [
             ("header", HEADER_LEN, 1),
             ("token_ids", tokens, 1),
