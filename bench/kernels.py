@@ -5,7 +5,7 @@ the cache where they fit there), nor than its multiply-adds at the rate of a lar
 the bound is the larger of the two, both measured in this run. Element-wise ops and decode attention are bound by bytes,
 prefill attention and key_mass by arithmetic. `share_CASE_BACKEND` is bound over time; a share above 1 stops the run.
 
-Shapes are those of one layer of Qwen2-0.5B, batch and lengths in the name of the case. Correctness first: every backend
+Shapes are those of one layer of Qwen2-0.5B (place_kv: of all), batch and lengths in the name of the case. Correctness first: every backend
 must agree with the torch reference on the inputs that are timed, outputs poisoned with NaN before.
 """
 
@@ -29,8 +29,8 @@ from .limits import best_s, read_loops, share, use_threads
 from .options import DTYPES, torch_dtype
 from .report import finish, origin
 
-H, KH, D, W, F, V = 14, 2, 64, 896, 4864, 32_768
-"""Query heads, KV heads, head width, hidden width, MLP width, vocabulary."""
+H, KH, D, W, F, V, L = 14, 2, 64, 896, 4864, 32_768, 24
+"""Query heads, KV heads, head width, hidden width, MLP width, vocabulary, layers."""
 BLOCK_SIZE = 16
 WEIGHT_COPIES = 8
 SMALLEST_READ = 1 << 20
@@ -152,6 +152,23 @@ def row_ops(make: Maker, rows: int) -> list[Case]:
     return [Case(f"{c.name}_{rows}", c.num_bytes, c.flops, c.run, c.outputs) for c in cases]
 
 
+def place_kv(make: Maker, rows: int) -> Case:
+    """A segment of `rows` rows to blocks of its own, all layers."""
+    blocks = -(-rows // BLOCK_SIZE)
+    pool = make.normal(2 * blocks, L, 2, BLOCK_SIZE, KH, D)
+    pool[blocks:] = math.nan
+    positions = make.ints(list(range(rows)))
+    source, target = positions, positions + blocks * BLOCK_SIZE
+    angles = torch.arange(rows)[:, None] * 1e4 ** -(torch.arange(D // 2) / (D // 2))
+    tables = angles.cos().to(make.device), angles.sin().to(make.device)
+    placed = pool[blocks : blocks + rows // BLOCK_SIZE]
+
+    def run(ops: Ops) -> None:
+        ops.place_kv(pool, source, target, positions, *tables)
+
+    return Case(f"place_kv_{rows}", 4 * rows * L * KH * D * make.dtype.itemsize, 0, run, [placed])
+
+
 def sample(make: Maker, rows: int, temperature: float, top_p: float) -> Case:
     """A token for each row of logits; the outputs are ids."""
     noise = torch.Generator().manual_seed(rows)
@@ -168,7 +185,7 @@ def cases(make: Maker) -> list[Case]:
     """Everything that is timed."""
     found = [attention(make, 1, 1024, 1), attention(make, 8, 1024, 1), attention(make, 1, 512, 512)]
     found += [key_mass(make, 32, 1024), *(linear(make, rows) for rows in (1, 8, 32, 512))]
-    found += [*row_ops(make, 1), *row_ops(make, 512)]
+    found += [*row_ops(make, 1), *row_ops(make, 512), place_kv(make, 512)]
     return [*found, sample(make, 8, 0.0, 1.0), sample(make, 8, 1.0, 0.9)]
 
 

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from kvlite.kernels.attention import kernel as attention
 from kvlite.kernels.key_mass import kernel as key_mass
+from kvlite.kernels.place_kv import kernel as place_kv
 from kvlite.kernels.rms_norm import kernel as rms_norm
 from kvlite.kernels.rope import kernel as rope
 from kvlite.kernels.sampling import kernel as sampling
@@ -33,6 +34,7 @@ MAX_SHARED_BYTES = 227 * 1024
 _KERNELS = (
     (attention, ("prefill_kernel", "decode_kernel", "merge_kernel")),
     (key_mass, ("key_mass_kernel",)),
+    (place_kv, ("place_kv_kernel",)),
     (rms_norm, ("rms_norm_kernel",)),
     (rope, ("rope_kernel",)),
     (sampling, ("row_max_kernel", "threshold_kernel", "pick_kernel", "merge_kernel")),
@@ -41,7 +43,7 @@ _KERNELS = (
 )
 # Everything else that ends in _ptr points at the model's dtype; other arguments are i32 unless named here.
 _POINTERS = {
-    "*i32": "table start context seq_row last position rows slot part_id top_k token",
+    "*i32": "table start context seq_row last position rows slot source target part_id top_k token",
     "*fp32": "lse part_lse part mass cos sin logits temperature top_p log_min_p top threshold",
 }
 _FLOATS = ("scale", "scale_log2", "eps")
@@ -96,6 +98,9 @@ def _row_cases() -> Iterator[Case]:
         yield Case(f"rope_d{head_dim}_bf16", rope.rope_kernel, "bf16", half)
         width = {"KV_HEADS": 8, "HEAD_DIM": head_dim, "BLOCK": 8 * head_dim, "BLOCK_SIZE": 16, "num_warps": 4}
         yield Case(f"store_kv_d{head_dim}_bf16", store_kv.store_kv_kernel, "bf16", width)
+        place = {"KV_HEADS": 8, "HEAD_DIM": head_dim, "HALF": head_dim // 2, "BLOCK_SIZE": 16}
+        place |= place_kv.place_kv_config(8, head_dim, head_dim // 2)
+        yield Case(f"place_kv_d{head_dim}_bf16", place_kv.place_kv_kernel, "bf16", place)
     yield Case("silu_mul_bf16", silu_mul.silu_mul_kernel, "bf16", {"BLOCK": silu_mul.BLOCK, "num_warps": 4})
     chunk = {"CHUNK": sampling.CHUNK, "num_warps": 8}
     yield Case("sampling_row_max", sampling.row_max_kernel, "fp32", chunk)

@@ -11,14 +11,21 @@ BLOCK_HEADS = 16
 
 
 @triton.jit
+def turn(low, high, cos, sin):
+    """One pair turned by its angle, fp32. Whoever rotates keys calls this, so that equal inputs give equal bits."""
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
 def _rotate(x_ptr, head, num_heads, head_stride, pair, cos, sin, HALF: tl.constexpr):
     """Rotates heads `head` of one row in place; each program owns its heads, so loads precede stores."""
     mask = (head < num_heads)[:, None] & (pair < HALF)[None, :]
     low_ptrs = x_ptr + (head * head_stride)[:, None] + pair[None, :]
     low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(low_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
-    tl.store(low_ptrs, (low * cos - high * sin).to(x_ptr.dtype.element_ty), mask=mask)
-    tl.store(low_ptrs + HALF, (high * cos + low * sin).to(x_ptr.dtype.element_ty), mask=mask)
+    low, high = turn(low, high, cos, sin)
+    tl.store(low_ptrs, low.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(low_ptrs + HALF, high.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

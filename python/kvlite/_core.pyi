@@ -151,6 +151,21 @@ def cpu_store_kv(
 ) -> None:
     """Stores k, v [T, KH, D] (rows strided) in their slots; -1 is skipped. Raises InvalidArgument before it writes."""
 
+def cpu_place_kv(
+    kv_pool: _Stored,
+    source_slot: _Int32,
+    target_slot: _Int32,
+    positions: _Int32,
+    cos: _Float32,
+    sin: _Float32,
+    dtype: str = "float32",
+) -> None:
+    """Copies rows of kv_pool [B, L, 2, block_size, KH, D] to other slots, keys rotated; see kernels/place_kv.
+
+    source_slot, target_slot, positions [P] · cos, sin [positions, rot / 2]. Raises InvalidArgument, for a slot that two
+    rows would touch too, before anything is written.
+    """
+
 def cpu_key_mass(
     q: _Stored,
     lse: _Float32,

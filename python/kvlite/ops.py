@@ -30,6 +30,7 @@ KeyMassOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, 
 RmsNormOp = Callable[[Tensor, Tensor, float, Tensor], None]
 AddRmsNormOp = Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
 FiveTensorsOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+PlaceKvOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 LinearOp = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 SiluMulOp = Callable[[Tensor, Tensor], None]
 SampleOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,6 +44,7 @@ class Ops:
     attention: AttentionOp
     key_mass: KeyMassOp
     store_kv: FiveTensorsOp
+    place_kv: PlaceKvOp
     rope: FiveTensorsOp
     rms_norm: RmsNormOp
     add_rms_norm: AddRmsNormOp
@@ -82,13 +84,16 @@ def _reference() -> Ops:
     from kvlite.kernels.attention.reference import attention
     from kvlite.kernels.key_mass.reference import key_mass
     from kvlite.kernels.linear.reference import linear
+    from kvlite.kernels.place_kv.reference import place_kv
     from kvlite.kernels.rms_norm.reference import add_rms_norm, rms_norm
     from kvlite.kernels.rope.reference import rope
     from kvlite.kernels.sampling.reference import sample
     from kvlite.kernels.silu_mul.reference import silu_mul
     from kvlite.kernels.store_kv.reference import store_kv
 
-    return Ops("reference", attention, key_mass, store_kv, rope, rms_norm, add_rms_norm, silu_mul, sample, linear)
+    return Ops(
+        "reference", attention, key_mass, store_kv, place_kv, rope, rms_norm, add_rms_norm, silu_mul, sample, linear
+    )  # fmt: skip
 
 
 def _triton() -> Ops:
@@ -100,13 +105,16 @@ def _triton() -> Ops:
     from kvlite.kernels.attention.kernel import attention
     from kvlite.kernels.key_mass.kernel import key_mass
     from kvlite.kernels.linear.kernel import linear
+    from kvlite.kernels.place_kv.kernel import place_kv
     from kvlite.kernels.rms_norm.kernel import add_rms_norm, rms_norm
     from kvlite.kernels.rope.kernel import rope
     from kvlite.kernels.sampling.kernel import sample
     from kvlite.kernels.silu_mul.kernel import silu_mul
     from kvlite.kernels.store_kv.kernel import store_kv
 
-    return Ops("triton", attention, key_mass, store_kv, rope, rms_norm, add_rms_norm, silu_mul, sample, linear)
+    return Ops(
+        "triton", attention, key_mass, store_kv, place_kv, rope, rms_norm, add_rms_norm, silu_mul, sample, linear
+    )  # fmt: skip
 
 
 _DTYPE_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -126,6 +134,7 @@ class _RustKernels:
         self._attention = core.cpu_attention
         self._key_mass = core.cpu_key_mass
         self._store_kv = core.cpu_store_kv
+        self._place_kv = core.cpu_place_kv
         self._linear = core.cpu_linear
         self._rms_norm = core.cpu_rms_norm
         self._add_rms_norm = core.cpu_add_rms_norm
@@ -192,6 +201,14 @@ class _RustKernels:
         slots = slot_mapping.numpy()
         self._store_kv(_array(k), _array(v), _array(k_cache), _array(v_cache), slots, _DTYPE_NAME[k.dtype])
 
+    def place_kv(
+        self, kv_pool: Tensor, source_slot: Tensor, target_slot: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+    ) -> None:
+        """As `kernels/place_kv/reference.py`."""
+        slots = source_slot.numpy(), target_slot.numpy()
+        dtype = _DTYPE_NAME[kv_pool.dtype]
+        self._place_kv(_array(kv_pool), *slots, positions.numpy(), cos.numpy(), sin.numpy(), dtype)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """As `kernels/linear/reference.py`; a row's bits depend on that row alone."""
         b = None if bias is None else _array(bias)
@@ -239,6 +256,7 @@ def _cpu() -> Ops:
         attention=rust.attention,
         key_mass=rust.key_mass,
         store_kv=rust.store_kv,
+        place_kv=rust.place_kv,
         rope=rust.rope,
         rms_norm=rust.rms_norm,
         add_rms_norm=rust.add_rms_norm,

@@ -20,6 +20,7 @@ from kvlite.bench.kernels import (
     key_mass,
     linear,
     measure,
+    place_kv,
     row_ops,
     sample,
 )
@@ -47,7 +48,7 @@ class FixedClock(Clock):
 
 def small_cases(make: Maker) -> list[Case]:
     found = [attention(make, 1, 40, 1), attention(make, 2, 33, 5), key_mass(make, 3, 32), linear(make, 2)]
-    return [*found, *row_ops(make, 3), sample(make, 2, 0.0, 1.0), sample(make, 2, 1.0, 0.9)]
+    return [*found, *row_ops(make, 3), place_kv(make, 32), sample(make, 2, 0.0, 1.0), sample(make, 2, 1.0, 0.9)]
 
 
 def names() -> list[str]:
@@ -85,6 +86,7 @@ def test_what_a_case_must_move_and_compute_is_counted_from_its_shape() -> None:
     prefill = attention(MAKE, 1, 48, 48)
     assert prefill.flops == 4 * (48 * 49 // 2) * 14 * 64
     assert {case.name: case.num_bytes for case in row_ops(MAKE, 2)}["silu_mul_2"] == 3 * 2 * 4864 * 4
+    assert place_kv(MAKE, 16).num_bytes == 4 * 16 * 24 * 2 * 64 * 4
 
 
 def test_every_case_is_measured_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:

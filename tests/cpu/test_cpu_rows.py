@@ -51,12 +51,24 @@ def silu_mul() -> Arrays:
     return {"gate_up": floats(3, 10), "out": nan(3, 5)}
 
 
+def place_kv() -> Arrays:
+    return {
+        "kv_pool": floats(2, 3, 2, 4, 2, 8),
+        "source_slot": np.array([0, 3, 3], np.int32),
+        "target_slot": np.array([7, 1, 4], np.int32),
+        "positions": np.array([0, 6, 2], np.int32),
+        "cos": floats(7, 4),
+        "sin": floats(7, 4),
+    }
+
+
 OPS: dict[Callable[[], Arrays], tuple[Callable[..., None], tuple[str, ...]]] = {
     linear: (_core.cpu_linear, ("out",)),
     rms_norm: (_core.cpu_rms_norm, ("out",)),
     add_rms_norm: (_core.cpu_add_rms_norm, ("out", "residual")),
     rope: (_core.cpu_rope, ("q", "k")),
     silu_mul: (_core.cpu_silu_mul, ("out",)),
+    place_kv: (_core.cpu_place_kv, ("kv_pool",)),
 }
 
 
@@ -91,6 +103,17 @@ REFUSALS: list[tuple[Callable[[], Arrays], str, Callable[[Arrays], Any]]] = [
     (rope, "cos", lambda a: floats(7, 5)),
     (rope, "sin", lambda a: floats(6, 4)),
     (rope, "k", lambda a: floats(3, 1, 6)),
+    (place_kv, "source_slot", lambda a: np.array([0, 8, 3], np.int32)),
+    (place_kv, "source_slot", lambda a: np.array([0, 7, 3], np.int32)),
+    (place_kv, "target_slot", lambda a: np.array([7, 1], np.int32)),
+    (place_kv, "target_slot", lambda a: np.array([7, 1, -1], np.int32)),
+    (place_kv, "target_slot", lambda a: np.array([7, 1, 7], np.int32)),
+    (place_kv, "positions", lambda a: np.array([0, 7, 2], np.int32)),
+    (place_kv, "cos", lambda a: floats(7, 5)),
+    (place_kv, "sin", lambda a: floats(6, 4)),
+    (place_kv, "kv_pool", lambda a: floats(2, 3, 2, 4, 2, 16)[..., :8]),
+    (place_kv, "kv_pool", lambda a: floats(2, 3, 3, 4, 2, 8)),
+    (place_kv, "kv_pool", lambda a: frozen(floats(2, 3, 2, 4, 2, 8))),
     (silu_mul, "gate_up", lambda a: floats(3, 9)),
     (silu_mul, "out", lambda a: a["gate_up"][:, :5]),
 ]

@@ -90,6 +90,28 @@ pub enum Error {
         /// The last slot of the pool.
         last: usize,
     },
+    /// A slot outside the pool, of a row that is placed.
+    #[error("{name}[{row}] is {slot}, the pool has {slots} slots")]
+    RowSlot {
+        /// `source_slot` or `target_slot`.
+        name: &'static str,
+        /// Position in it.
+        row: usize,
+        /// What was given.
+        slot: i32,
+        /// Slots of the pool.
+        slots: usize,
+    },
+    /// A slot that two rows would write, or that one would read while another writes it.
+    #[error("{name}[{row}] is {slot}, which another row of target_slot writes")]
+    SharedSlot {
+        /// `source_slot` or `target_slot`.
+        name: &'static str,
+        /// Position in it.
+        row: usize,
+        /// What was given.
+        slot: i32,
+    },
     /// A scoring row outside the query.
     #[error("rows[{index}] is {value}, the query has {num_rows} rows")]
     QueryRow {

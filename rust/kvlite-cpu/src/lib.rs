@@ -5,8 +5,8 @@
 //! alone: never on batch mates, chunking, block size or the number of threads.
 //!
 //! `element` (f32, bf16, f16) · `view` (checked strided views) · `lanes` (inner loops) · `isa` (instruction sets) ·
-//! `threads` (who computes which task) · `attention`, `key_mass`, `linear`, `rms_norm`, `rope`, `silu_mul`, `store_kv`
-//! (the ops).
+//! `threads` (who computes which task) · `attention`, `key_mass`, `linear`, `place_kv`, `rms_norm`, `rope`, `silu_mul`,
+//! `store_kv` (the ops).
 
 mod attention;
 mod element;
@@ -15,6 +15,7 @@ mod isa;
 mod key_mass;
 mod lanes;
 mod linear;
+mod place_kv;
 mod rms_norm;
 mod rope;
 mod silu_mul;
@@ -29,12 +30,13 @@ pub use half::{bf16, f16};
 pub use isa::Isa;
 pub use key_mass::{KeyMass, key_mass};
 pub use linear::{Linear, linear};
+pub use place_kv::{PlaceKv, place_kv};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::rope;
 pub use silu_mul::silu_mul;
 pub use store_kv::store_kv;
 pub use threads::Threads;
-pub use view::{BlockTable, KvCache, KvCacheCells, Rows, RowsCells, RowsMut};
+pub use view::{BlockTable, KvCache, KvCacheCells, PoolMut, Rows, RowsCells, RowsMut};
 
 /// How an op computes: instruction set and threads. Fixed at start; results differ between instruction sets by rounding only.
 #[derive(Debug)]

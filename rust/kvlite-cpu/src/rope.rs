@@ -38,6 +38,12 @@ pub fn rope<E: Element>(
     Ok(())
 }
 
+/// One pair turned by its angle. Whoever rotates keys calls this, so that equal inputs give equal bits.
+#[inline(always)]
+pub(crate) fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+    (a * cos - b * sin, b * cos + a * sin)
+}
+
 by_isa!(rotate<E> = rotate_body(
     x: &RowsCells<'_, E>,
     positions: &[i32],
@@ -58,8 +64,9 @@ fn rotate_body<E: Element, const FUSED: bool>(
             let (low, high) = x.head(row, head)[..2 * cos.len()].split_at(cos.len());
             for (((low, high), &cos), &sin) in low.iter().zip(high).zip(cos).zip(sin) {
                 let (a, b) = (low.get().to_f32(), high.get().to_f32());
-                low.set(E::from_f32(a * cos - b * sin));
-                high.set(E::from_f32(b * cos + a * sin));
+                let (turned_a, turned_b) = turn(a, b, cos, sin);
+                low.set(E::from_f32(turned_a));
+                high.set(E::from_f32(turned_b));
             }
         }
     }

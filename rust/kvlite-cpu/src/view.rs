@@ -1,7 +1,7 @@
 //! Checked strided views of caller-owned memory: rows to read or write, the paged cache, block tables.
 //!
 //! A view is made only when its shape and strides (in elements) fit its memory, so an index below the shape is in
-//! bounds. `RowsMut` is shared between threads and holds the crate's only raw pointer.
+//! bounds. `RowsMut` and `PoolMut` are shared between threads and hold the crate's only raw pointers.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -208,6 +208,66 @@ impl<'a, E: Element> KvCacheCells<'a, E> {
         strides: [usize; 3],
     ) -> Result<Self, Error> {
         Ok(KvCacheCells { values, layout: CacheLayout::new(name, values.len(), shape, strides)? })
+    }
+}
+
+/// All layers of the pool to read and write in place: [blocks, layers, 2, block_size, kv_heads, dim] without gaps.
+///
+/// Shared between threads that touch disjoint rows.
+#[derive(Debug)]
+pub struct PoolMut<'a, E> {
+    values: *mut E,
+    pub(crate) num_blocks: usize,
+    pub(crate) layers: usize,
+    pub(crate) block_size: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dim: usize,
+    memory: PhantomData<&'a mut [E]>,
+}
+
+// SAFETY: as `RowsMut`; concurrent use goes through `source_and_target`, whose callers write disjoint rows.
+#[allow(unsafe_code)]
+unsafe impl<E: Send> Sync for PoolMut<'_, E> {}
+
+impl<'a, E: Element> PoolMut<'a, E> {
+    /// Errors unless `values` has exactly the elements of `shape`, and K and V in its third dimension.
+    pub fn new(name: &'static str, values: &'a mut [E], shape: [usize; 6]) -> Result<Self, Error> {
+        let [num_blocks, layers, sides, block_size, kv_heads, dim] = shape;
+        let len = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        if len != Some(values.len()) || sides != 2 || block_size == 0 || kv_heads == 0 || dim == 0 {
+            return Err(Error::Extent { name, len: values.len() });
+        }
+        let values = values.as_mut_ptr();
+        Ok(PoolMut { values, num_blocks, layers, block_size, kv_heads, dim, memory: PhantomData })
+    }
+
+    /// One layer's K (side 0) or V (side 1) of two slots, all heads: one to read, one to write.
+    ///
+    /// # Safety
+    /// The slots differ, nobody writes `source` and nobody else touches `target` while the slices live.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    #[inline(always)]
+    pub(crate) unsafe fn source_and_target(
+        &self,
+        layer: usize,
+        side: usize,
+        source: usize,
+        target: usize,
+    ) -> (&[E], &mut [E]) {
+        let slots = self.num_blocks * self.block_size;
+        assert!(layer < self.layers && side < 2 && source < slots && target < slots);
+        let width = self.kv_heads * self.dim;
+        let offset = |slot: usize| {
+            let (block, within) = (slot / self.block_size, slot % self.block_size);
+            (((block * self.layers + layer) * 2 + side) * self.block_size + within) * width
+        };
+        // SAFETY: `new` checked the extent, layer, side and slots lie in it; the caller answers for aliasing.
+        unsafe {
+            (
+                std::slice::from_raw_parts(self.values.add(offset(source)), width),
+                std::slice::from_raw_parts_mut(self.values.add(offset(target)), width),
+            )
+        }
     }
 }
 

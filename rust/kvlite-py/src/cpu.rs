@@ -6,7 +6,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use kvlite_cpu::{Attention, BlockTable, Exec, Isa, KeyMass, KvCache, KvCacheCells, Rows, RowsMut, bf16, f16};
+use kvlite_cpu::{
+    Attention, BlockTable, Exec, Isa, KeyMass, KvCache, KvCacheCells, PlaceKv, PoolMut, Rows, RowsMut, bf16, f16,
+};
 use pyo3::prelude::*;
 use pyo3::wrap_pyfunction;
 
@@ -186,6 +188,49 @@ fn run_store_kv<T: Stored + kvlite_cpu::Element>(
     })
 }
 
+/// Copies rows of all layers to other slots and rotates their keys; see kernels/place_kv.
+#[pyfunction]
+#[pyo3(signature = (kv_pool, source_slot, target_slot, positions, cos, sin, dtype = "float32"))]
+fn cpu_place_kv(
+    kv_pool: Object<'_, '_>,
+    source_slot: Object<'_, '_>,
+    target_slot: Object<'_, '_>,
+    positions: Object<'_, '_>,
+    cos: Object<'_, '_>,
+    sin: Object<'_, '_>,
+    dtype: &str,
+) -> PyResult<()> {
+    let ints = [
+        Array::new("source_slot", source_slot)?.packed_from(0)?,
+        Array::new("target_slot", target_slot)?.packed_from(0)?,
+        Array::new("positions", positions)?.packed_from(0)?,
+    ];
+    let tables = [Array::with_heads("cos", cos)?.packed_from(1)?, Array::with_heads("sin", sin)?.packed_from(1)?];
+    with_dtype!(dtype, run_place_kv(kv_pool, &ints, &tables))
+}
+
+fn run_place_kv<T: Stored + kvlite_cpu::Element>(
+    kv_pool: Object<'_, '_>,
+    [source_slot, target_slot, positions]: &[Array<i32, 1>; 3],
+    [cos, sin]: &[Array<f32, 3>; 2],
+) -> PyResult<()> {
+    let py = kv_pool.py();
+    let read = [source_slot.span(), target_slot.span(), positions.span(), cos.span(), sin.span()];
+    let mut kv_pool = Array::<T, 6>::new("kv_pool", kv_pool)?.packed_from(0)?.exclusive(&read)?;
+    let exec = exec();
+    compute(py, || {
+        let args = PlaceKv {
+            source_slot: source_slot.slice(),
+            target_slot: target_slot.slice(),
+            positions: positions.slice(),
+            cos: rows_view(cos)?,
+            sin: rows_view(sin)?,
+        };
+        let (shape, _) = kv_pool.layout();
+        kvlite_cpu::place_kv(&exec, &args, &mut PoolMut::new("kv_pool", kv_pool.slice(), shape)?)
+    })
+}
+
 /// Writes the attention that keys start..end receive from the chosen rows; see kernels/key_mass.
 #[pyfunction]
 #[pyo3(signature = (q, lse, k_cache, block_table_row, rows, last_key, start, end, scale, out, dtype = "float32"))]
@@ -277,6 +322,7 @@ fn cpu_isa() -> &'static str {
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cpu_attention, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_store_kv, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_place_kv, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_key_mass, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_set_num_threads, module)?)?;

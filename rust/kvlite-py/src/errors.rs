@@ -50,6 +50,7 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
         Error::ContextLen { .. } => "context_len",
         Error::Block { .. } => "block_table",
         Error::Slot { .. } => "slot_mapping",
+        Error::RowSlot { name, .. } | Error::SharedSlot { name, .. } => name,
         Error::QueryRow { .. } => "rows",
         Error::KeyRange { .. } => "end",
         Error::Position { .. } => "positions",

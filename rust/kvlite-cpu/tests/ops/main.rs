@@ -4,5 +4,6 @@ mod attention;
 mod key_mass;
 mod linear;
 mod oracle;
+mod place_kv;
 mod rows;
 mod store_kv;

@@ -1,0 +1,1 @@
+"""Copy of unrotated cache rows to other slots, all layers at once, keys turned. See README.md."""

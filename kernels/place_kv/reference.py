@@ -1,0 +1,31 @@
+"""Copy of unrotated cache rows to other slots, keys rotated, in plain torch: `rope`, then `store_kv`, for every layer.
+
+Knows tensors only. Called through `kvlite.ops` and by the tests.
+"""
+
+import torch
+
+from kvlite.kernels.rope.reference import rope
+from kvlite.kernels.store_kv.reference import store_kv
+
+
+def place_kv(
+    kv_pool: torch.Tensor,
+    source_slot: torch.Tensor,
+    target_slot: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> None:
+    """Row target_slot[i] of every layer becomes row source_slot[i]: K, kept before RoPE, rotated to positions[i]; V as is.
+
+    kv_pool [B, L, 2, block_size, KH, D] · source_slot, target_slot [P] int32, slot = block * block_size + offset ·
+    positions [P] int32 · cos, sin [positions, rot/2] fp32. Targets are distinct and never a source of the same call.
+    """
+    block_size = kv_pool.shape[3]
+    block, offset = source_slot.long() // block_size, source_slot.long() % block_size
+    for layer in range(kv_pool.shape[1]):
+        k_cache, v_cache = kv_pool[:, layer, 0], kv_pool[:, layer, 1]
+        k, v = k_cache[block, offset], v_cache[block, offset]
+        rope(k[:, :0], k, positions, cos, sin)
+        store_kv(k, v, k_cache, v_cache, target_slot)
