@@ -46,16 +46,16 @@ impl Core {
             (seq.scheduled_len as usize == seq.blocks.len() * self.config.block_size as usize, seq.tail_source);
         let mut copied = false;
         if let Some(source) = source {
-            if self.extra_owners[source.index as usize] > 0 {
-                if !self.alloc_or_preempt(slot, record.number) {
-                    return;
-                }
+            let is_shared = |core: &Core| core.extra_owners[source.index as usize] > 0;
+            if is_shared(self) && self.alloc_or_preempt(slot, record.number) {
                 let target = *self.seq(slot).blocks.last().expect("just allocated");
                 plan.block_copy(source.index, target.index);
                 record.holds.push(Hold::Private(source));
                 copied = true;
+            } else if is_shared(self) || self.seq(slot).tail_source.is_none() {
+                return; // It waits for room, or made room itself.
             } else {
-                self.seq_mut(slot).blocks.push(source); // Its last owner needs no copy.
+                self.seq_mut(slot).blocks.push(source); // Its last owner, since a victim left perhaps, needs no copy.
             }
             self.seq_mut(slot).tail_source = None;
         } else if needs_block && !self.alloc_or_preempt(slot, record.number) {
