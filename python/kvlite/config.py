@@ -119,7 +119,9 @@ class EngineConfig:
     recompute_ratio: float = _setting(
         0.15, float, "share of a blended request's reused rows that is recomputed", low=0.0, high=1.0
     )
-    segment_cache_ratio: float = _setting(0.5, float, "share of the KV pool that segments may take", low=0.0, high=1.0)
+    segment_cache_ratio: float = _setting(
+        0.5, float, "share of the KV pool that segments may take", low=0.0, high=1.0, core=True
+    )
     max_documents: int = _setting(64, int, "documents per request", low=1, high=4096)
     max_stored_documents: int = _setting(4096, int, "documents kept by id", low=0, high=1 << 20)
     min_agreement: float | None = _setting(

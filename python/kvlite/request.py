@@ -32,6 +32,8 @@ class RequestLimits:
     pool_tokens: int
     """Tokens that the whole KV pool holds."""
     defaults: GenerationDefaults
+    num_layers: int = 1
+    """Bounds options of reuse methods."""
 
 
 @dataclass(frozen=True)

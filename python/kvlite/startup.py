@@ -5,6 +5,7 @@ Owns the resolution of every "auto" and nothing that lives on. Errors name what 
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Generator
@@ -117,8 +118,11 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
         decoder.reserve(config.max_num_batched_tokens, min(LOGITS_ROWS, config.max_num_seqs))
     with _phase(phases, "KV cache"):
         pool = _pool(config, model, decoder, max_model_len)
-    limits = RequestLimits(config, model.vocab_size, max_model_len, pool.num_blocks * config.block_size, defaults)
-    core, arenas = _core_and_arenas(config, model, limits, device)
+    limits = RequestLimits(
+        config, model.vocab_size, max_model_len, pool.num_blocks * config.block_size, defaults, model.num_layers
+    )
+    identity = _Identity(tokenizer.canonical_prefix()[: max_model_len - 2], _digest(directory, model, dtype))
+    core, arenas = _core_and_arenas(config, model, limits, identity, device)
     startup = Startup(
         model=str(directory),
         device=str(device),
@@ -198,8 +202,22 @@ def _sampler(config: EngineConfig, model: ModelConfig, device: torch.device, ops
     )
 
 
+@dataclass(frozen=True)
+class _Identity:
+    """What a segment's KV depends on beside its ids."""
+
+    canonical_prefix: list[int]
+    model_digest: int
+
+
+def _digest(directory: Path, model: ModelConfig, dtype: torch.dtype) -> int:
+    """64 bits of the model's shape and RoPE, its number format, and the names and sizes of its weights."""
+    files = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
+    return int.from_bytes(hashlib.sha256(repr((model, dtype, files)).encode()).digest()[:8], "little")
+
+
 def _core_and_arenas(
-    config: EngineConfig, model: ModelConfig, limits: RequestLimits, device: torch.device
+    config: EngineConfig, model: ModelConfig, limits: RequestLimits, identity: _Identity, device: torch.device
 ) -> tuple[_core.Core, tuple[Arena, Arena]]:
     values: dict[str, Any] = config.core_values() | {
         "max_model_len": limits.max_model_len,
@@ -207,11 +225,10 @@ def _core_and_arenas(
         "num_blocks": limits.pool_tokens // config.block_size,
         "vocab_size": model.vocab_size,
         "attention_cost_tokens": attention_cost_tokens(model),
-        "segment_cache_ratio": 0.5,
-        "model_digest": 0,
-        "canonical_prefix": [],
-        "max_segments": 64,
         "hash_seed": secrets.randbits(63),
+        "canonical_prefix": identity.canonical_prefix,
+        "model_digest": identity.model_digest,
+        "max_segments": config.max_documents,
     }
     layout = Layout.of(
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -219,6 +236,7 @@ def _core_and_arenas(
         max_model_len=limits.max_model_len,
         block_size=config.block_size,
         max_num_waiting=config.max_num_waiting,
+        max_segments=config.max_documents,
     )
     layout.check(_core.Core.layout(**values))
     arenas = (Arena(layout, device), Arena(layout, device))
