@@ -11,6 +11,11 @@ pub type Token = i32;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TenantId(pub u32);
 
+impl TenantId {
+    /// Nobody's and everybody's: what it stores every tenant may read, and only an operator writes it.
+    pub const PUBLIC: TenantId = TenantId((1 << 31) - 1);
+}
+
 /// A block at one moment of its life. The generation grows each time the block is freed, so a name that outlived its
 /// block is caught at the next use instead of reading somebody else's KV.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,8 +42,8 @@ pub struct Label(u32);
 const RECIPE_BIT: u32 = 1 << 31;
 
 impl Label {
-    /// Exact KV that every tenant may read and only an operator publishes: the tenant 2^31 - 1.
-    pub const PUBLIC: Label = Label(RECIPE_BIT - 1);
+    /// Exact KV that every tenant may read and only an operator publishes.
+    pub const PUBLIC: Label = Label(TenantId::PUBLIC.0);
 
     /// The exact KV of `tenant`.
     pub fn exact(tenant: TenantId) -> Label {

@@ -1,23 +1,26 @@
-//! The prefix cache: a pool of blocks and a radix tree over them that share one set of indices.
+//! The cache: a pool of blocks, and a radix tree and a store of segments over them that share one set of indices.
 //!
 //! Owns every block from `alloc` to `free` or eviction. Must not know requests, plans or the scheduler.
 //! Invariants: each block is free, cached, owned or in transfer; a block in use protects its whole path; the tree holds
-//! full blocks only; nothing allocates after `new`, output vectors belong to the caller. Called by `core`.
+//! full blocks only; but for recipes and segments nothing allocates after `new`, output vectors belong to the caller. Called by `core`.
 
 mod blocks;
 mod evict;
 mod free_map;
 mod hash;
 mod radix;
+mod segments;
 
 pub use blocks::{BlockCounts, BlockState};
 pub use evict::{EvictionPolicy, Lru};
 pub use radix::MAX_PARTIAL_CANDIDATES;
+pub use segments::{SegmentId, SegmentState, SegmentView};
 
 use crate::config::CoreConfig;
 use crate::ids::{BlockId, Label, Lookup, Token};
 use blocks::BlockPool;
 use radix::{Parent, Tree};
+use segments::Segments;
 
 /// No block, in the flat arrays of this module.
 const NONE: u32 = u32::MAX;
@@ -52,6 +55,7 @@ pub struct Cache<E: EvictionPolicy = Lru> {
     pool: BlockPool,
     tree: Tree,
     evictor: E,
+    segments: Segments,
     /// False: a block that loses its last use is dropped at once, and nothing is ever found.
     keeps_released: bool,
 }
@@ -71,6 +75,7 @@ impl<E: EvictionPolicy> Cache<E> {
             pool: BlockPool::new(num_blocks),
             tree: Tree::new(num_blocks, config.block_size as usize, config.hash_seed),
             evictor: E::new(num_blocks),
+            segments: Segments::new(config),
             keeps_released: config.enable_prefix_caching,
         }
     }
@@ -125,7 +130,7 @@ impl<E: EvictionPolicy> Cache<E> {
 
     /// Appends `count` owned blocks to `out` and returns true; or changes nothing and returns false when fewer are available.
     ///
-    /// Evicts exactly what the free blocks lack. Prefers the run that continues `after`, a block in use, then runs with room to grow.
+    /// Evicts exactly what the free blocks lack, or whole segments once no block of the tree is cached. Prefers the run that continues `after`, a block in use, then runs with room to grow.
     /// O(count), and O(num_blocks / 4096) words per new run.
     pub fn alloc(&mut self, count: usize, after: Option<BlockId>, out: &mut Vec<BlockId>) -> bool {
         let after = after.map(|block| self.pool.resolve(block));
@@ -133,8 +138,10 @@ impl<E: EvictionPolicy> Cache<E> {
             return false;
         }
         while self.pool.counts().free < count {
-            let victim = self.evictor.victim().expect("free and cached blocks suffice");
-            self.drop_cached(victim);
+            match self.evictor.victim() {
+                Some(victim) => self.drop_cached(victim),
+                None => self.evict_segment(),
+            }
         }
         self.pool.take(count, after, out);
         true
@@ -220,30 +227,33 @@ impl<E: EvictionPolicy> Cache<E> {
         self.tree.labelled(label)
     }
 
-    /// The block that eviction would take next.
+    /// The block of the tree that eviction would take next.
     pub fn victim(&self) -> Option<BlockId> {
         self.evictor.victim().map(|block| self.pool.name(block))
     }
 
-    /// Drops every cached block; what is in use stays. O(cached blocks).
+    /// Drops every cached block, segments' too; what is in use or pinned stays. O(cached blocks).
     pub fn clear(&mut self) {
         while let Some(victim) = self.evictor.victim() {
             self.drop_cached(victim);
         }
+        self.clear_segments();
     }
 
     /// Checks every invariant in O(num_blocks); panics with a sentence about the first that does not hold.
     pub fn audit(&self) {
         self.pool.audit();
         self.tree.audit();
+        let cached_in_segments = self.segments.audit(&self.pool);
         let num_blocks = self.pool.num_blocks();
         for block in 0..num_blocks as u32 {
             let (state, refs) = (self.pool.state(block), self.pool.refs(block));
             if self.tree.label(block).is_none() {
-                let is_private = state != BlockState::Cached && refs <= 1;
+                let is_private = (state != BlockState::Cached || self.segments.holds(block)) && refs <= 1;
                 assert!(is_private, "block {block} is {state:?} with {refs} references outside the tree");
                 continue;
             }
+            assert!(!self.segments.holds(block), "block {block} is in the tree and in a segment");
             let in_use = self.tree.children(block).filter(|&child| self.pool.refs(child) > 0).count();
             assert!(refs as usize >= in_use, "block {block} has {refs} references for {in_use} children in use");
             let expected = if refs > 0 { BlockState::Owned } else { BlockState::Cached };
@@ -259,8 +269,8 @@ impl<E: EvictionPolicy> Cache<E> {
             rank[block as usize] = num_ordered;
             num_ordered += 1;
         }
-        let cached = self.counts().cached;
-        assert!(num_ordered == cached, "{num_ordered} blocks can be evicted, {cached} are cached");
+        let (evictable, cached) = (num_ordered + cached_in_segments, self.counts().cached);
+        assert!(evictable == cached, "{evictable} blocks can be evicted, {cached} are cached");
     }
 
     fn drop_cached(&mut self, block: u32) {
@@ -287,6 +297,7 @@ impl<E: EvictionPolicy> Cache<E> {
         let state = self.pool.state(index);
         assert!(state == BlockState::Owned, "{block:?} is {state:?}, not owned by the caller");
         assert!(self.tree.label(index).is_none(), "{block:?} is in the tree: unpin it instead");
+        assert!(!self.segments.holds(index), "{block:?} belongs to a segment");
         index
     }
 }

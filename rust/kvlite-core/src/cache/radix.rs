@@ -12,6 +12,8 @@
 //! The root has no sibling list: a part of a first block is not worth a copy. Depth-0 blocks are found by hash alone.
 
 use super::hash::BlockHash;
+mod audit;
+
 use rustc_hash::FxHashMap;
 
 use super::NONE;
@@ -337,48 +339,6 @@ impl Tree {
         })
     }
 
-    /// Checks links in both directions, hash chains and uniqueness.
-    pub(super) fn audit(&self) {
-        let mut num_linked = 0;
-        let mut num_children = 0;
-        let mut num_of_recipes = 0;
-        for block in 0..self.links.len() as u32 {
-            let link = &self.links[block as usize];
-            let Some(label) = link.label else { continue };
-            num_linked += 1;
-            num_of_recipes += usize::from(!label.is_exact());
-            let found = self.find(link.parent, label, self.tokens(block));
-            assert!(found == Some(block), "block {block} is found by its tokens as {found:?}");
-            if let Some(parent) = link.parent.as_block() {
-                num_children += 1;
-                assert!(self.label(parent).is_some(), "block {block} hangs below {parent}, which is not in the tree");
-            }
-            let mut previous = NONE;
-            for child in self.children(block) {
-                let child_link = &self.links[child as usize];
-                assert!(child_link.label.is_some(), "child {child} of {block} is not in the tree");
-                assert!(child_link.parent == Parent::block(block), "child {child} of {block} names another parent");
-                assert!(child_link.prev_sibling == previous, "child {child} of {block} has a wrong older sibling");
-                previous = child;
-            }
-        }
-        // Each linked block below another is met exactly once as a child; so sibling lists neither lose nor share blocks.
-        let met: usize = (0..self.links.len() as u32).map(|block| self.children(block).count()).sum();
-        assert!(met == num_children, "sibling lists hold {met} blocks, {num_children} blocks name a parent");
-        let counted: usize = self.num_labelled.values().sum();
-        assert!(counted == num_of_recipes, "{counted} blocks of recipes are counted, {num_of_recipes} are in the tree");
-        let mut num_chained = 0;
-        for &head in &self.buckets {
-            let mut at = head;
-            while at != NONE {
-                num_chained += 1;
-                assert!(num_chained <= num_linked, "the hash chains hold more blocks than the tree");
-                at = self.links[at as usize].next_in_bucket;
-            }
-        }
-        assert!(num_chained == num_linked, "the hash chains hold {num_chained} blocks, the tree {num_linked}");
-    }
-
     fn bucket(&self, hash: u32) -> usize {
         hash as usize & (self.buckets.len() - 1)
     }
@@ -425,12 +385,5 @@ mod tests {
         let mut tree = Tree::new(2, 2, 0);
         linked(&mut tree, &[(0, own(), [1, 1]), (1, own(), [2, 2])]);
         tree.unlink(0);
-    }
-
-    #[test]
-    #[should_panic(expected = "would be read by nobody or by the wrong one")]
-    fn exact_kv_is_never_published_below_what_a_recipe_made() {
-        let mut tree = Tree::new(2, 2, 0);
-        linked(&mut tree, &[(0, Label::recipe(1), [1, 1]), (1, own(), [2, 2])]);
     }
 }

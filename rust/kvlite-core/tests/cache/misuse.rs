@@ -82,6 +82,15 @@ fn public_kv_cannot_be_inserted_below_a_tenants() {
 }
 
 #[test]
+#[should_panic(expected = "would be read by nobody or by the wrong one")]
+fn exact_kv_cannot_be_inserted_below_what_a_recipe_made() {
+    let mut cache = Cache::new(&config(2));
+    let parent = publish(&mut cache, Label::recipe(1), &text(1, 1))[0];
+    let block = alloc(&mut cache, 1, None)[0];
+    cache.insert(tenant(0), Some(parent), &[1; BLOCK_SIZE], block);
+}
+
+#[test]
 #[should_panic(expected = "is InTransfer, not owned by the caller")]
 fn a_block_in_transfer_cannot_be_freed() {
     let mut cache = Cache::new(&config(2));
