@@ -3,10 +3,13 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from kvlite.chat import Conversation
-from kvlite.errors import InvalidRequestError
+import pytest
+
+from kvlite.chat import Conversation, read_document
+from kvlite.errors import ConfigError, InvalidRequestError
 from kvlite.types import Delta, FinishReason
 
 
@@ -21,7 +24,8 @@ class ScriptedEngine:
         self.fails = False
         self._interrupt_after = interrupt_after
 
-    def apply_chat_template(self, messages: Any) -> Any:
+    def encode_chat(self, messages: Any, documents: Any) -> Any:
+        self.documents = [document.text for document in documents]
         if messages[-1]["content"] == "too long":
             raise InvalidRequestError("prompt", "has 9 tokens, at most 8 fit")
         return messages
@@ -67,6 +71,28 @@ def test_an_answer_that_fails_says_so_and_is_not_part_of_the_conversation():
     assert talk.say("Where does Nora live?")
     assert "".join(written) == "Os [a step failed]\n"
     assert talk.messages == [] and engine.closed == 1
+
+
+def test_documents_from_files_go_with_every_question_and_outlive_a_reset(tmp_path: Path):
+    (tmp_path / "homes.txt").write_text("Nora lives in Oslo.")
+    document = read_document(str(tmp_path / "homes.txt"))
+    assert document.title == "homes"
+    engine = ScriptedEngine("Oslo")
+    talk = Conversation(engine, lambda text: None, [document])  # type: ignore[arg-type]
+    talk.say("/reset")
+    talk.say("Where does Nora live?")
+    assert engine.documents == ["Nora lives in Oslo."]
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_file_that_is_no_document_is_named(content: bytes | None, tmp_path: Path):
+    path = tmp_path / "notes"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="notes is no document: ") as caught:
+        read_document(str(path))
+    assert caught.value.field == "--document"
 
 
 def test_commands_end_reset_and_help():

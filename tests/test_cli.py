@@ -53,6 +53,14 @@ def test_chat_has_the_engines_flags_but_not_the_servers():
     assert "--port" not in text
 
 
+def test_a_document_that_cannot_be_read_is_one_line_before_the_model_loads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("kvlite.chat.Engine", None)
+    done = invoke("chat", "--document", "missing.txt", "--reuse", "blend")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("kvlite: --document: missing.txt is no document: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_print_config_shows_flags_over_variables_over_defaults_and_hides_the_key():
     done = invoke(
         "serve", "--print-config", "--max-num-seqs", "7", "--no-enable-prefix-caching", "--kv-cache-bytes", "1MiB",
@@ -75,6 +83,11 @@ def test_print_config_shows_flags_over_variables_over_defaults_and_hides_the_key
         (["serve", "--device", "tpu"], "--device: 'tpu' is not allowed: must be auto | cpu | cuda"),
         (["serve", "--max-num-batched-tokens", "4"], "--max-num-batched-tokens: 4 is below max_num_seqs=64"),
         (["serve", "--host", "0.0.0.0"], "--host: '0.0.0.0' is reachable from other machines"),
+        (["serve", "--recompute-ratio", "1.5"], "--recompute-ratio: 1.5 is out of range: must be 0 to 1"),
+        (["serve", "--reuse", "verify"], "--reuse: 'verify' is not allowed: must be off | prefix | blend"),
+        (["serve", "--api-key", "a,a"], "--api-key: two keys are the same"),
+        (["serve", "--api-key", "a", "--admin-key", "a"], "--admin-key: two keys are the same"),
+        (["serve", "--public-documents", "missing.jsonl"], "--public-documents: missing.jsonl cannot be read"),
         (["serve", "--host", ""], "--host: '' is reachable from other machines"),
         (["serve", "--host", "example.org"], "--host: 'example.org' is reachable from other machines"),
         (["serve", "--kv-cache-bytes", "1"], "--kv-cache-bytes: 1 bytes hold no block"),

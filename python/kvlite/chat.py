@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
 from kvlite.config import EngineConfig
 from kvlite.engine import Engine
-from kvlite.errors import InvalidRequestError
+from kvlite.errors import ConfigError, InvalidRequestError
+from kvlite.reuse_types import TITLE_CEILING, Document
 from kvlite.types import Delta, FinishReason
 
 HELP = """\
@@ -27,13 +29,17 @@ HELP = """\
 Write = Callable[[str], object]
 
 
-def chat(config: EngineConfig) -> None:
-    """Read lines and answer them until /quit or the end of input."""
+def chat(config: EngineConfig, paths: Sequence[str] = ()) -> None:
+    """Read lines and answer them until /quit or the end of input. The files in `paths` are documents, there for good.
+
+    Raises ConfigError for a file that cannot be one.
+    """
+    documents = [read_document(path) for path in paths]
     with Engine(config) as engine:
         engine.tokenizer.compile_templates()
         write = _to_terminal
         write(f"{engine.startup.model}\n{HELP}\n")
-        conversation = Conversation(engine, write)
+        conversation = Conversation(engine, write, documents)
         while True:
             try:
                 line = input("\n> ").strip()
@@ -44,12 +50,21 @@ def chat(config: EngineConfig) -> None:
                 return
 
 
+def read_document(path: str) -> Document:
+    """The text of a file. Raises ConfigError when it cannot be read, or is empty."""
+    try:
+        return Document(Path(path).read_text("utf-8"), title=Path(path).stem[:TITLE_CEILING])
+    except (OSError, UnicodeDecodeError, InvalidRequestError) as error:
+        raise ConfigError("--document", f"{path} is no document: {error}") from None
+
+
 class Conversation:
     """Messages so far, and what one more line does to them."""
 
-    def __init__(self, engine: Engine, write: Write) -> None:
+    def __init__(self, engine: Engine, write: Write, documents: Sequence[Document] = ()) -> None:
         self._engine = engine
         self._write = write
+        self._documents = documents
         self.messages: list[dict[str, str]] = []
 
     def say(self, line: str) -> bool:
@@ -76,7 +91,7 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": question}]
         parts: list[str] = []
         try:
-            stream = self._engine.stream(self._engine.tokenizer.apply_chat_template(asked))
+            stream = self._engine.stream(self._engine.tokenizer.encode_chat(asked, self._documents))
         except InvalidRequestError as error:
             self._write(f"{error}\n/reset starts over\n")
             return

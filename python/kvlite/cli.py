@@ -81,31 +81,33 @@ def _flag(name: str, setting: Setting, default: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _with_settings(*, server: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command MODEL, a flag per setting (those of the server only where asked) and --print-config.
+def _with_settings(*, server: bool, more: Sequence[inspect.Parameter] = ()) -> Callable[..., Callable[..., None]]:
+    """Gives a command MODEL, a flag per setting (those of the server only where asked), `more` and --print-config.
 
-    The command gets the finished EngineConfig as its only argument.
+    The command gets the finished EngineConfig, and the values of `more` by name.
     """
 
-    def decorate(command: Callable[[EngineConfig], None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         model = Annotated[str | None, typer.Argument(help="Model directory; default: the small model that ships.")]
         parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=model)]
         for item in fields(EngineConfig):
             setting = setting_of(item)
             if item.name != "model" and (server or not setting.server):
                 parameters.append(_flag(item.name, setting, item.default))
+        parameters += more
         show = Annotated[bool, typer.Option("--print-config", help="Print the settings in force and exit.")]
         parameters.append(
             inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=show)
         )
 
         def run(*, print_config: bool, **values: Any) -> None:
+            own = {parameter.name: values.pop(parameter.name) for parameter in more}
             with _one_line_errors():
                 config = EngineConfig.from_env(**values)
                 if print_config:
                     typer.echo(config.describe())
                 else:
-                    command(config)
+                    command(config, **own)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {}
@@ -124,18 +126,28 @@ def serve_command(config: EngineConfig) -> None:
     raise typer.Exit(serve(config))
 
 
+_DOCUMENT = inspect.Parameter(
+    "document",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        list[str] | None, typer.Option("--document", help="Text file that every question is about; repeatable.")
+    ],
+)
+
+
 @app.command(name="chat")
-@_with_settings(server=False)
-def chat_command(config: EngineConfig) -> None:
-    """Talk to MODEL in the terminal. Ctrl-C stops an answer, /quit ends."""
+@_with_settings(server=False, more=(_DOCUMENT,))
+def chat_command(config: EngineConfig, document: list[str] | None) -> None:
+    """Talk to MODEL in the terminal, about documents if you like. Ctrl-C stops an answer, /quit ends."""
     from kvlite.chat import chat
 
-    chat(config)
+    chat(config, document or ())
 
 
 @app.command(name="demo")
 def demo_command() -> None:
-    """Start a server on the small model, ask it about 17 documents, show what the prefix cache saves."""
+    """Start a server on the small model, ask it about documents, show what reuse of their KV saves."""
     from kvlite.demo import demo
 
     with _one_line_errors():

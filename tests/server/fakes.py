@@ -6,13 +6,15 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import kvlite.config
 from kvlite.config import EngineConfig
-from kvlite.request import RequestLimits, ValidatedRequest
+from kvlite.errors import UnknownDocumentError
+from kvlite.request import RequestLimits, ValidatedRequest, validate
+from kvlite.reuse_types import Document, ReuseReport
 from kvlite.server.app import create_app
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import Delta, EngineStats, FinishReason, GenerationDefaults, RequestOptions, SamplingParams, Usage
@@ -30,10 +32,10 @@ def delta(text: str = "", *ids: int, index: int = 0, end: FinishReason | None = 
     return Delta(1, index, text, ids, finish_reason=end, **more)
 
 
-def answer(text: str = "Oslo", prompt: int = 3, cached: int = 0) -> list[Step]:
+def answer(text: str = "Oslo", prompt: int = 3, cached: int = 0, reuse: ReuseReport | None = None) -> list[Step]:
     """Two deltas that end well."""
     usage = Usage(prompt, 2, cached)
-    return [delta(text, 300), delta("", 6, end=FinishReason.STOP, usage=usage)]
+    return [delta(text, 300), delta("", 6, end=FinishReason.STOP, usage=usage, reuse=reuse)]
 
 
 class WatchedTokenizer(Tokenizer):
@@ -48,8 +50,77 @@ class WatchedTokenizer(Tokenizer):
         return super().encode(text, add_special_tokens=add_special_tokens)
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    request: ValidatedRequest
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the store says of a document."""
+
+    id: str
+    title: str | None
+    tokens: int
+    pinned: bool
+    public: bool
+    expires: float | None
+    state: str = "ready"
+    created: float = 1_700_000_000.5
+
+
+class FakeDocuments:
+    """The part of AsyncEngine that keeps documents, as one dictionary."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int | None, str], Info] = {}
+        self.failure: Exception | None = None
+        self.hold: asyncio.Event | None = None
+        self.num_making = 0
+        self.num_abandoned = 0
+
+    async def create_document(
+        self, document: Document, *, tenant: int = 0, public: bool = False, pinned: bool = False, ttl_s: Any = None
+    ) -> Info:
+        assert document.text is not None
+        self.num_making += 1
+        try:
+            if self.hold is not None:
+                await self.hold.wait()
+        except asyncio.CancelledError:
+            self.num_abandoned += 1
+            raise
+        if self.failure is not None and "bad" in document.text:
+            raise self.failure
+        id = document.id or f"doc_{len(self.kept)}"
+        expires = None if ttl_s is None else 1_700_000_000.5 + ttl_s
+        info = Info(id, document.title, len(document.text), pinned, public, expires)
+        self.kept[None if public else tenant, id] = info
+        return info
+
+    def get_document(self, tenant: int, id: str) -> Info | None:
+        return self.kept.get((tenant, id)) or self.kept.get((None, id))
+
+    def list_documents(self, tenant: int) -> list[Info]:
+        return [info for (owner, _), info in self.kept.items() if owner in (tenant, None)]
+
+    async def update_document(self, tenant: int, id: str, *, public: bool = False, pinned: Any = None, **more: Any):
+        key = (None if public else tenant, id)
+        if key not in self.kept:
+            return None
+        changes: dict[str, Any] = {} if pinned is None else {"pinned": pinned}
+        if "ttl_s" in more:
+            changes["expires"] = more["ttl_s"]
+        self.kept[key] = replace(self.kept[key], **changes)
+        return self.kept[key]
+
+    async def delete_document(self, tenant: int, id: str, *, public: bool = False) -> bool:
+        return self.kept.pop((None if public else tenant, id), None) is not None
+
+
 @dataclass
-class FakeEngine:
+class FakeEngine(FakeDocuments):
     """The part of AsyncEngine that the server uses. `scripts` are taken one per stream, in order."""
 
     scripts: list[Sequence[Step]] = field(default_factory=list)
@@ -62,6 +133,11 @@ class FakeEngine:
     asked: list[RequestOptions] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    documents: list[Sequence[Document]] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__init__()
 
     @property
     def limits(self) -> RequestLimits:
@@ -70,8 +146,26 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=2, num_waiting=3, num_blocks=8, owned_blocks=2, prompt_tokens=50, cached_tokens=20,
-            generated_tokens=7, num_preemptions=1, finished={FinishReason.STOP: 4},
+            generated_tokens=7, num_preemptions=1, finished={FinishReason.STOP: 4}, blended_tokens=8,
+            recomputed_tokens=3, segment_hit_tokens=9, num_segments=2, segment_blocks=4, pinned_blocks=1,
+            num_documents=5, num_agreement_samples=10, agreement=0.9, kl_divergence=0.01, num_fallbacks=1,
         )  # fmt: skip
+
+    def prepare_chat(
+        self,
+        messages: Any,
+        params: SamplingParams,
+        options: RequestOptions,
+        *,
+        documents: Sequence[Document],
+        **variables: Any,
+    ) -> ChatPrompt:
+        self.documents.append(documents)
+        for number, document in enumerate(documents):
+            if document.text is None and self.get_document(options.tenant, document.id or "") is None:
+                raise UnknownDocumentError(f"documents[{number}].id", document.id or "")
+        ids = self.tokenizer.apply_chat_template(messages, **variables)
+        return ChatPrompt(validate(self.limits, ids, params, options), self.warnings)
 
     async def stream_validated(self, request: ValidatedRequest) -> AsyncGenerator[Delta, None]:
         self.prompts.append(tuple(request.prompt_ids.tolist()))
@@ -130,8 +224,9 @@ class Exchange:
         self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._messages: list[dict[str, Any]] = []
         scope = {
-            "type": "http", "method": method, "path": path.split("?")[0], "raw_path": path.split("?")[0].encode(),
-            "query_string": b"", "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            "type": "http", "method": method, "path": path.partition("?")[0],
+            "raw_path": path.partition("?")[0].encode(), "query_string": path.partition("?")[2].encode(),
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http",
             "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1), "root_path": "",
         }  # fmt: skip

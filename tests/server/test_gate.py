@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from kvlite.config import EngineConfig
-from kvlite.server.gate import ClientGone, unless_gone
+from kvlite.errors import ConfigError
+from kvlite.server.gate import Caller, ClientGone, Keys, unless_gone
 
 from .fakes import CHAT, FakeEngine, answer, run
 
@@ -46,6 +47,40 @@ def test_the_right_key_opens_whatever_the_case_of_the_scheme():
         assert run(locked(), lambda client, v=value: client.get("/version", {"authorization": v})).status == 200
     reply = run(locked(scripts=[answer()]), lambda client: client.post("/v1/chat/completions", CHAT, KEY))
     assert reply.status == 200
+
+
+def test_each_key_is_a_tenant_and_the_admin_one_of_its_own():
+    keys = Keys("a, b,c", "root")
+    assert [keys.caller(b"Bearer " + key) for key in (b"a", b"b", b"c")] == [Caller(0), Caller(1), Caller(2)]
+    assert keys.caller(b"Bearer root") == Caller(3, is_admin=True)
+    assert keys.caller(b"Bearer a,b") is keys.caller(b"Bearer ") is keys.caller(b"") is None
+
+
+def test_without_keys_everybody_is_the_first_tenant_but_the_admin():
+    keys = Keys(None, "root")
+    assert keys.is_open
+    assert keys.caller(b"") == keys.caller(b"Bearer whatever") == Caller(0)
+    assert keys.caller(b"Bearer root") == Caller(1, is_admin=True)
+
+
+@pytest.mark.parametrize(
+    ("api_key", "admin_key", "field"),
+    [
+        ("", None, "api_key"),
+        ("a,,b", None, "api_key"),
+        ("a,a", None, "api_key"),
+        ("a b", None, "api_key"),
+        ("ä", None, "api_key"),
+        (None, " ", "admin_key"),
+        ("a,b", "b", "admin_key"),
+        (",".join(map(str, range(1025))), None, "api_key"),
+    ],
+)
+def test_keys_that_name_nobody_or_two_are_refused(api_key: str | None, admin_key: str | None, field: str):
+    with pytest.raises(ConfigError) as caught:
+        Keys(api_key, admin_key)
+    assert caught.value.field == field
+    assert "a b" not in caught.value.message
 
 
 def test_the_clients_request_id_is_kept_when_it_is_a_plain_word():

@@ -8,6 +8,7 @@ import pytest
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError
 from kvlite.request import RequestLimits
+from kvlite.reuse_types import Reuse
 from kvlite.server.protocol import (
     LATER,
     ChatRequest,
@@ -17,7 +18,7 @@ from kvlite.server.protocol import (
     parse_chat,
     parse_completion,
 )
-from kvlite.types import GenerationDefaults, Reuse
+from kvlite.types import GenerationDefaults
 
 USER = [{"role": "user", "content": "Hello"}]
 
@@ -124,8 +125,8 @@ def test_more_ids_than_the_model_takes_are_refused_before_each_is_looked_at():
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"reuse": "blend"}, "reuse"),
         ({"reuse": "other"}, "reuse"),
+        ({"documents": {}}, "documents"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"note": "<|end|>"}}, "chat_template_kwargs.note"),
@@ -189,13 +190,14 @@ def test_developer_is_system_and_text_parts_are_joined():
     )
 
 
-def test_reuse_is_what_the_server_does_or_a_refusal():
-    assert chat().options.request.reuse is chat(reuse="prefix").options.request.reuse is Reuse.PREFIX
-    assert chat(reuse="off").options.request.reuse is Reuse.OFF
-    body = json.dumps({"prompt": "a", "reuse": "prefix"}).encode()
-    assert parse_completion(body, limits(enable_prefix_caching=False)).options.request.reuse is Reuse.OFF
-    for later in ("blend", "verify"):
-        assert "not supported yet: must be off or prefix" in refusal(chat, reuse=later).message
+def test_what_reuse_and_documents_ask_reaches_the_request_with_the_tenant():
+    body = {"messages": USER, "reuse": "blend", "reuse_options": {"recompute_ratio": 0.2}, "documents": [{"id": "a"}]}
+    request = parse_chat(json.dumps(body).encode(), limits(), tenant=7)
+    assert request.options.request.reuse == Reuse.blend(0.2)
+    assert request.options.request.tenant == 7
+    assert [document.id for document in request.documents] == ["a"]
+    assert complete(reuse="off").options.request.reuse == Reuse.OFF
+    assert parse_completion(b'{"prompt": "a"}', limits(), tenant=3).options.request.tenant == 3
 
 
 def test_template_switches_are_kept():

@@ -11,6 +11,7 @@ import ipaddress
 import math
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -23,8 +24,11 @@ from kvlite.async_engine import AsyncEngine
 from kvlite.config import EngineConfig
 from kvlite.engine import Engine
 from kvlite.errors import ConfigError
+from kvlite.reuse_types import Document
 from kvlite.server.app import create_app
 from kvlite.server.connection import Connection
+from kvlite.server.gate import Keys
+from kvlite.server.public import publish, read_public_documents
 
 KEEP_ALIVE_S = 15
 HEADER_BYTES = 16 * 1024
@@ -39,9 +43,7 @@ SHIPPED_MODEL_NAME = "kvlite-small"
 
 def check_address(config: EngineConfig) -> None:
     """Refuse to listen beyond this machine without a key. Raises ConfigError."""
-    if config.api_key is not None:
-        if not config.api_key.isascii() or not config.api_key.strip():
-            raise ConfigError("api_key", "must be printable ASCII text that is not blank")
+    if not Keys(config.api_key, config.admin_key).is_open:
         return
     try:
         loopback = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
@@ -107,10 +109,11 @@ def serve(config: EngineConfig) -> int:
     Raises ConfigError (address, key), ModelLoadError, and whatever the engine says of its settings.
     """
     check_address(config)
+    public = read_public_documents(config)
     with bind(config.host, config.port) as listener, Engine(config) as engine:
         engine.tokenizer.compile_templates()
         Console(stderr=True).print(startup_table(engine, url_of(listener)))
-        return asyncio.run(_run(engine, config, listener))
+        return asyncio.run(_run(engine, config, listener, public))
 
 
 def startup_table(engine: Engine, url: str) -> Table:
@@ -129,7 +132,7 @@ def model_name(engine: Engine) -> str:
     return SHIPPED_MODEL_NAME if config.model is None else Path(engine.startup.model).resolve().name
 
 
-async def _run(engine: Engine, config: EngineConfig, listener: socket.socket) -> int:
+async def _run(engine: Engine, config: EngineConfig, listener: socket.socket, public: Sequence[Document]) -> int:
     asynchronous = AsyncEngine(engine)
     settings = uvicorn.Config(
         create_app(asynchronous, config, model_name(engine)),
@@ -147,6 +150,7 @@ async def _run(engine: Engine, config: EngineConfig, listener: socket.socket) ->
     )
     server = DrainingServer(settings, asynchronous, config.drain_s)
     try:
+        await publish(asynchronous, public)
         await server.serve(sockets=[listener])
     finally:
         await asyncio.to_thread(asynchronous.close)

@@ -1,4 +1,4 @@
-"""The routes: bytes in, checked call, engine, answer out.
+"""The routes of text: bytes in, checked call, engine, answer out.
 
 Owns `create_app` and the walk of one request; parsing and tokenising run in a worker thread, never on the event loop.
 Knows the engine as AsyncEngine and no deeper. A client that goes away aborts its request in every phase. Called by
@@ -10,23 +10,25 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError, KvliteError
-from kvlite.request import ValidatedRequest, validate
+from kvlite.request import validate
+from kvlite.server.documents import DocumentRoutes
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
-from kvlite.server.gate import ClientGone, Gate, read_body, unless_gone
+from kvlite.server.gate import Caller, ClientGone, Gate, Keys, read_body, unless_gone
 from kvlite.server.metrics import Meter
 from kvlite.server.protocol import Limits, Options, UnknownModelError, parse_chat, parse_completion
+from kvlite.server.replies import EventStream, json_response, refusals
 from kvlite.server.stream import event_stream, whole_answer
 from kvlite.server.wire import Call, ChatWire, Prompt, TextWire, Wire
 from kvlite.types import Delta
@@ -42,27 +44,27 @@ def create_app(engine: AsyncEngine, config: EngineConfig, model: str) -> ASGIApp
     """The application of one engine. `model` is its name in the API."""
     routes = _Routes(engine, config, model)
     app = FastAPI(title="kvlite", version=version(), docs_url=None, redoc_url=None)
-    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", routes.complete, methods=["POST"])
-    app.add_api_route("/v1/models", routes.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model_id:path}", routes.model, methods=["GET"])
-    app.add_api_route("/health", routes.health, methods=["GET"])
-    app.add_api_route("/ready", routes.ready, methods=["GET"])
-    app.add_api_route("/version", routes.version, methods=["GET"])
-    app.add_api_route("/metrics", routes.metrics, methods=["GET"])
+    answers = (400, 401, 404, 408, 413, 429, 500, 503, 504)
+    for path, handler, method, statuses in (
+        ("/v1/chat/completions", routes.chat, "POST", answers),
+        ("/v1/completions", routes.complete, "POST", answers),
+        ("/v1/models", routes.models, "GET", (401,)),
+        ("/v1/models/{model_id:path}", routes.model, "GET", (401, 404)),
+        ("/health", routes.health, "GET", (503,)),
+        ("/ready", routes.ready, "GET", (401, 503)),
+        ("/version", routes.version, "GET", (401,)),
+        ("/metrics", routes.metrics, "GET", (401,)),
+    ):
+        app.add_api_route(path, handler, methods=[method], responses=refusals(*statuses))
+    DocumentRoutes(engine, config).attach(app)
     for kind in (KvliteError, HTTPException, RequestValidationError, ClientGone, Exception):
         app.add_exception_handler(kind, _refuse)
-    return Gate(app, config.api_key)
+    return Gate(app, Keys(config.api_key, config.admin_key))
 
 
 def version() -> str:
     """Of the installed package."""
     return importlib.metadata.version("kvlite")
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """`value` as a JSON answer."""
-    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -141,20 +143,26 @@ class _Routes:
             "max_model_len": self._limits.engine.max_model_len,
         }
 
-    async def _prepare(self, request: Request, make: Callable[[bytes, str], Call]) -> Call:
+    async def _prepare(self, request: Request, make: Callable[[bytes, str, Caller], Call]) -> Call:
         body = await read_body(request.receive, self._config.max_body_bytes)
-        return await asyncio.to_thread(make, body, request.state.request_id)
+        return await asyncio.to_thread(make, body, request.state.request_id, request.state.caller)
 
-    def _chat_call(self, body: bytes, request_id: str) -> Call:
-        chat = parse_chat(body, self._limits)
-        ids = self._tokenizer.apply_chat_template(
-            chat.messages, add_generation_prompt=chat.add_generation_prompt, **chat.template_variables
-        )
-        prompt = Prompt(self._validated(ids, chat.options, "messages"))
-        return self._call("chatcmpl-" + request_id, chat.options, (prompt,))
+    def _chat_call(self, body: bytes, request_id: str, caller: Caller) -> Call:
+        chat = parse_chat(body, self._limits, caller.tenant)
+        with _renamed("prompt", "messages"):
+            prepared = self._engine.prepare_chat(
+                chat.messages,
+                chat.options.params,
+                chat.options.request,
+                documents=chat.documents,
+                add_generation_prompt=chat.add_generation_prompt,
+                **chat.template_variables,
+            )
+        options = replace(chat.options, warnings=(*chat.options.warnings, *prepared.warnings))
+        return self._call("chatcmpl-" + request_id, options, (Prompt(prepared.request),))
 
-    def _completion_call(self, body: bytes, request_id: str) -> Call:
-        completion = parse_completion(body, self._limits)
+    def _completion_call(self, body: bytes, request_id: str, caller: Caller) -> Call:
+        completion = parse_completion(body, self._limits, caller.tenant)
         prompts: list[Prompt] = []
         for i, prompt in enumerate(completion.prompts):
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -162,7 +170,9 @@ class _Routes:
             if completion.echo:
                 text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
             field = "prompt" if len(completion.prompts) == 1 else f"prompt[{i}]"
-            prompts.append(Prompt(self._validated(ids, completion.options, field), text))
+            with _renamed("prompt", field):
+                checked = validate(self._limits.engine, ids, completion.options.params, completion.options.request)
+            prompts.append(Prompt(checked, text))
         return self._call("cmpl-" + request_id, completion.options, tuple(prompts), completion.echo)
 
     def _call(self, id: str, options: Options, prompts: tuple[Prompt, ...], echo: bool = False) -> Call:
@@ -174,15 +184,6 @@ class _Routes:
                 "prompt", f"the call asks for {wanted} tokens, at most {self._config.max_request_tokens} are allowed"
             )
         return Call(id, int(time.time()), self._limits.model, options, prompts, echo)
-
-    def _validated(self, ids: Sequence[int], options: Options, field: str) -> ValidatedRequest:
-        """`field` is where the prompt stands in the body, as errors name it."""
-        try:
-            return validate(self._limits.engine, ids, options.params, options.request)
-        except InvalidRequestError as error:
-            if error.param != "prompt":
-                raise
-            raise InvalidRequestError(field, error.message) from None
 
     async def _answer(self, request: Request, call: Call, wire: Wire, arrival: float) -> Response:
         def source(prompt: Prompt) -> AsyncGenerator[Delta, None]:
@@ -196,30 +197,16 @@ class _Routes:
         return EventStream(first, events)
 
 
+@contextmanager
+def _renamed(param: str, field: str) -> Generator[None]:
+    """Errors about `param` name `field`, which is where it stands in the body."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param != param:
+            raise
+        raise InvalidRequestError(field, error.message) from None
+
+
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events)
-
-
-class EventStream(Response):
-    """Server-sent events whose source is closed when the last one is sent, the client goes, or sending fails."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream"
-        )
-        del self.headers["content-length"]
-        self._first = first
-        self._rest = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI answer."""
-        async with aclosing(self._rest):
-            with suppress(ClientGone):
-                await unless_gone(receive, self._send_all(send))
-
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for event in self._rest:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

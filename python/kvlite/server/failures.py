@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvlite.errors import CapacityError, EngineClosedError, InvalidRequestError, KvliteError
+from kvlite.errors import CapacityError, EngineClosedError, InvalidRequestError, KvliteError, UnknownDocumentError
 from kvlite.server.protocol import UnknownModelError
 
 MESSAGE_CHARS = 500
@@ -25,11 +25,14 @@ class RequestTimeoutError(KvliteError):
 class HttpError(KvliteError):
     """A refusal that has no other class: status, code and message as they go out."""
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: dict[str, str] | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.headers = headers or {}
+        self.param = param
 
 
 def status_of(error: Exception) -> int:
@@ -37,10 +40,10 @@ def status_of(error: Exception) -> int:
     match error:
         case HttpError():
             return error.status
+        case UnknownModelError() | UnknownDocumentError():
+            return 404
         case InvalidRequestError():
             return 400
-        case UnknownModelError():
-            return 404
         case CapacityError():
             return 429
         case EngineClosedError():
@@ -69,7 +72,10 @@ def error_body(error: Exception) -> dict[str, Any]:
     message, param, code = str(error), None, None
     match error:
         case HttpError():
-            kind, code = "invalid_request_error" if error.status < 500 else "server_error", error.code
+            kind = "invalid_request_error" if error.status < 500 else "server_error"
+            param, code = error.param, error.code
+        case UnknownDocumentError():
+            kind, param, code = "invalid_request_error", error.param, "document_not_found"
         case InvalidRequestError():
             kind, param, code = "invalid_request_error", error.param, "invalid_value"
         case UnknownModelError():

@@ -1,7 +1,7 @@
 """The door: request id, key and body size, before any route is looked at.
 
-Owns `Gate` (pure ASGI: nothing but /health passes without the key, compared on the raw path), the body reader
-and the watch on vanished clients. Knows no endpoint. Wrapped around the application by app.py.
+Owns `Gate` (pure ASGI: nothing but /health passes without a key, compared on the raw path), which key is which tenant,
+the body reader and the watch on vanished clients. Knows no endpoint. Wrapped around the application by app.py.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import re
 import uuid
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvlite.errors import ConfigError
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
 
 T = TypeVar("T")
 
 OPEN_PATH = b"/health"
 BODY_TIMEOUT_S = 30.0
+MAX_KEYS = 1024
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -30,12 +33,57 @@ class ClientGone(Exception):
     """The client closed the connection; nobody is left to tell."""
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Who sends a request. Comes from the key alone, never from anything that a client can write elsewhere."""
+
+    tenant: int
+    is_admin: bool = False
+    """May publish documents for every tenant."""
+
+
+class Keys:
+    """Keys to callers: the n-th API key is tenant n, the admin key has a tenant of its own behind them.
+
+    Without API keys everybody is tenant 0, except for the admin. Raises ConfigError.
+    """
+
+    def __init__(self, api_key: str | None, admin_key: str | None) -> None:
+        clients = [] if api_key is None else [key.strip() for key in api_key.split(",")]
+        if len(clients) > MAX_KEYS:
+            raise ConfigError("api_key", f"{len(clients)} keys, at most {MAX_KEYS} are allowed")
+        self.is_open = not clients
+        """Whether no key is needed."""
+        self._known: list[tuple[bytes, Caller]] = []
+        for tenant, key in enumerate(clients):
+            self._learn("api_key", key, Caller(tenant))
+        if admin_key is not None:
+            self._learn("admin_key", admin_key.strip(), Caller(max(1, len(clients)), is_admin=True))
+
+    def _learn(self, field: str, key: str, caller: Caller) -> None:
+        if not key or not all("!" <= char <= "~" for char in key):
+            raise ConfigError(field, "a key must be printable ASCII text without blanks, and not empty")
+        if any(key.encode() == known for known, _ in self._known):
+            raise ConfigError(field, "two keys are the same: each must name one tenant")
+        self._known.append((key.encode(), caller))
+
+    def caller(self, authorization: bytes) -> Caller | None:
+        """Who sent this Authorization header; None: nobody that is known. Looks at every key, whichever matches."""
+        scheme, _, key = authorization.partition(b" ")
+        given = key.strip() if scheme.lower() == b"bearer" else b""
+        found = Caller(0) if self.is_open else None
+        for known, caller in self._known:
+            if hmac.compare_digest(given, known):
+                found = caller
+        return found
+
+
 class Gate:
     """Deny by default. Adds x-request-id to every answer; takes the client's when it is a plain word."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
-        self._key = None if api_key is None else api_key.encode()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
@@ -47,14 +95,15 @@ class Gate:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        caller = self._keys.caller(headers.get(b"authorization", b""))
+        scope.setdefault("state", {}).update(request_id=request_id.decode(), caller=caller)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
             await send(message)
 
-        if self._allows(scope, headers):
+        if caller is not None or scope.get("raw_path", b"") == OPEN_PATH:
             # A task is cancelled only when the server gives up waiting for it: an end, not a fault to log.
             with suppress(asyncio.CancelledError):
                 await self._app(scope, receive, send_with_id)
@@ -64,12 +113,6 @@ class Gate:
                 {"www-authenticate": "Bearer"},
             )  # fmt: skip
             await send_error(refusal, send_with_id)
-
-    def _allows(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
-        if self._key is None or scope.get("raw_path", b"") == OPEN_PATH:
-            return True
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
 
 async def send_error(error: Exception, send: Send) -> None:

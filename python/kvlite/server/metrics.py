@@ -79,7 +79,16 @@ class _EngineCollector(Collector):
             "kv_cache_usage_perc": (stats.kv_cache_usage, "Share of KV blocks that running sequences own, 0 to 1."),
             "kv_blocks_free": (stats.free_blocks, "KV blocks that hold nothing."),
             "kv_blocks_cached": (stats.cached_blocks, "KV blocks kept for later prompts."),
+            "kv_blocks_segments": (stats.segment_blocks, "KV blocks that hold segments."),
+            "kv_blocks_pinned": (stats.pinned_blocks, "KV blocks of segments that are never evicted."),
+            "num_segments": (stats.num_segments, "Segments in the store."),
+            "num_documents": (stats.num_documents, "Documents kept by id."),
         }
+        # Unknown until something was sampled: an absent gauge is not a perfect one.
+        if stats.agreement is not None:
+            gauges["blend_agreement_ratio"] = (stats.agreement, "Share of sampled blends with the exact first token.")
+        if stats.kl_divergence is not None:
+            gauges["blend_kl_divergence"] = (stats.kl_divergence, "KL(exact || blended) of first tokens, mean, nats.")
         for name, (value, help) in gauges.items():
             family = GaugeMetricFamily(PREFIX + name, help, labels=("model_name",))
             family.add_metric((self._model,), value)
@@ -87,10 +96,17 @@ class _EngineCollector(Collector):
         source = CounterMetricFamily(
             PREFIX + "prompt_tokens", "Prompt tokens by where their KV came from.", labels=("model_name", "source")
         )
-        source.add_metric((self._model, "computed"), stats.prompt_tokens - stats.cached_tokens)
+        reused = stats.cached_tokens + stats.blended_tokens + stats.recomputed_tokens
+        source.add_metric((self._model, "computed"), stats.prompt_tokens - reused)
         source.add_metric((self._model, "prefix"), stats.cached_tokens)
+        source.add_metric((self._model, "blend"), stats.blended_tokens)
+        source.add_metric((self._model, "recomputed"), stats.recomputed_tokens)
         yield source
         counters = {
+            "blend_recomputed_tokens": (stats.recomputed_tokens, "Reused tokens that were computed in full context."),
+            "segment_hits_tokens": (stats.segment_hit_tokens, "Tokens of segments found in the store."),
+            "blend_samples": (stats.num_agreement_samples, "Blended requests that were computed exactly too."),
+            "blend_fallbacks": (stats.num_fallbacks, "Blended requests that the quality floor changed."),
             "generation_tokens": (stats.generated_tokens, "Tokens generated."),
             "num_preemptions": (stats.num_preemptions, "Sequences put back to wait for memory."),
             "num_steps": (stats.num_steps, "Engine steps."),

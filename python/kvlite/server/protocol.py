@@ -13,11 +13,16 @@ from typing import Any, cast
 
 from kvlite.errors import InvalidRequestError, KvliteError
 from kvlite.request import PRIORITY_LIMIT, RequestLimits
+from kvlite.reuse_types import Document
 from kvlite.server.fields import Fields, as_list, parse_object, shown
-from kvlite.types import STOP_IDS_CEILING, RequestOptions, Reuse, SamplingParams
+from kvlite.server.reuse_fields import read_documents, read_plain_reuse, read_reuse
+from kvlite.types import STOP_IDS_CEILING, RequestOptions, SamplingParams
 
 MAX_MESSAGES = 1024
-RESERVED_VARIABLES = {"self", "messages", "tools", "documents", "add_generation_prompt", "specials", "variables"}
+RESERVED_VARIABLES = {
+    "self", "messages", "tools", "documents", "add_generation_prompt", "specials", "variables", "params", "options",
+    "reuse",
+}  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "document")
 
 SAMPLING_FIELDS = (
@@ -29,8 +34,8 @@ SAMPLING_FIELDS = (
 LATER: Mapping[str, tuple[object, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "structured_outputs": ({},),
-    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "documents": ([],),
-    "reuse_options": ({},), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
+    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
+    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
     "continue_final_message": (False,), "suffix": ("",), "best_of": (1,), "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
 }  # fmt: skip
@@ -73,6 +78,7 @@ class ChatRequest:
 
     options: Options
     messages: tuple[dict[str, str], ...]
+    documents: tuple[Document, ...]
     add_generation_prompt: bool
     template_variables: Mapping[str, str | int | float | bool | None]
 
@@ -86,8 +92,8 @@ class CompletionRequest:
     echo: bool
 
 
-def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
-    """Check a chat body. Raises InvalidRequestError (400) or UnknownModelError (404)."""
+def parse_chat(body: bytes, limits: Limits, tenant: int = 0) -> ChatRequest:
+    """Check a chat body of one tenant. Raises InvalidRequestError (400) or UnknownModelError (404)."""
     fields = Fields(parse_object(body))
     _check_model(fields, limits)
     messages = tuple(_message(entry) for entry, _ in fields.items("messages", MAX_MESSAGES))
@@ -101,11 +107,14 @@ def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
         more["max_tokens"] = limit
     add_prompt = fields.flag("add_generation_prompt", True)
     variables = _template_variables(fields)
-    return ChatRequest(_options(fields, limits, more), messages, add_prompt, variables)
+    documents = read_documents(fields, limits.engine.config)
+    reuse, warnings = read_reuse(fields, limits.engine.config)
+    options = _options(fields, limits, more, RequestOptions(tenant=tenant, reuse=reuse), warnings)
+    return ChatRequest(options, messages, documents, add_prompt, variables)
 
 
-def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
-    """Check a completion body. Raises InvalidRequestError (400) or UnknownModelError (404)."""
+def parse_completion(body: bytes, limits: Limits, tenant: int = 0) -> CompletionRequest:
+    """Check a completion body of one tenant. Raises InvalidRequestError (400) or UnknownModelError (404)."""
     fields = Fields(parse_object(body))
     _check_model(fields, limits)
     prompts = _prompts(fields, limits)
@@ -114,7 +123,9 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     more: dict[str, Any] = {"logprobs": logprobs}
     if echo and logprobs is not None and fields.raw("prompt_logprobs") is None:
         more["prompt_logprobs"] = logprobs
-    return CompletionRequest(_options(fields, limits, more), prompts, echo)
+    reuse = read_plain_reuse(fields, limits.engine.config)
+    options = _options(fields, limits, more, RequestOptions(tenant=tenant, reuse=reuse))
+    return CompletionRequest(options, prompts, echo)
 
 
 def _check_model(fields: Fields, limits: Limits) -> None:
@@ -123,7 +134,13 @@ def _check_model(fields: Fields, limits: Limits) -> None:
         raise UnknownModelError(model, limits.model)
 
 
-def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
+def _options(
+    fields: Fields,
+    limits: Limits,
+    more: dict[str, Any],
+    request: RequestOptions,
+    warnings: tuple[str, ...] = (),
+) -> Options:
     """The shared fields; reads the last ones, so what is unread afterwards is unknown."""
     stream = fields.flag("stream", False)
     include_usage = _stream_options(fields, stream)
@@ -140,14 +157,12 @@ def _options(fields: Fields, limits: Limits, more: dict[str, Any]) -> Options:
     )
     options = Options(
         params=params,
-        request=RequestOptions(
-            priority=fields.integer("priority", -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0, reuse=_reuse(fields, limits)
-        ),
+        request=replace(request, priority=fields.integer("priority", -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0),
         stream=stream,
         include_usage=include_usage,
         return_token_ids=fields.flag("return_token_ids", False),
         show_prompt_logprobs="prompt_logprobs" in given,
-        warnings=(),
+        warnings=warnings,
     )
     _refuse_later(fields)
     return _with_warnings(options, fields, config.strict_fields)
@@ -180,14 +195,6 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
     return include_usage
 
 
-def _reuse(fields: Fields, limits: Limits) -> Reuse:
-    """What the engine will do for this request; without its prefix cache every request is computed whole."""
-    given = fields.choice("reuse", ("off", "prefix", "blend", "verify")) or "prefix"
-    if given not in tuple(Reuse):
-        raise InvalidRequestError("reuse", f"{shown(given)} is not supported yet: must be off or prefix")
-    return Reuse(given) if limits.engine.config.enable_prefix_caching else Reuse.OFF
-
-
 def _refuse_later(fields: Fields) -> None:
     for name, neutral in LATER.items():
         value = fields.raw(name)
@@ -199,8 +206,8 @@ def _with_warnings(options: Options, fields: Fields, strict: bool) -> Options:
     unknown = fields.unread()
     if unknown and strict:
         raise InvalidRequestError(unknown[0], "unknown field, and the server runs with --strict-fields")
-    warnings = tuple(f"unknown field {shown(name)} was ignored" for name in unknown)
-    return replace(options, warnings=warnings)
+    warnings = (f"unknown field {shown(name)} was ignored" for name in unknown)
+    return replace(options, warnings=(*options.warnings, *warnings))
 
 
 def _message(entry: Fields) -> dict[str, str]:

@@ -14,8 +14,9 @@ import msgspec
 
 from kvlite.errors import EngineClosedError, EngineError, KvliteError
 from kvlite.server.failures import RequestTimeoutError, error_body
-from kvlite.server.wire import Call, Chunk, Gathered, Prompt, Wire, usage_fields
-from kvlite.types import Delta, FinishReason, Usage
+from kvlite.server.usage import reuse_fields, usage_fields
+from kvlite.server.wire import Call, Chunk, Gathered, Prompt, Wire
+from kvlite.types import Delta, FinishReason
 
 MERGE_QUEUE = 16
 """Deltas of a batch that wait for a slow client before the prompts' own queues hold them."""
@@ -73,22 +74,27 @@ def check_end(delta: Delta) -> None:
 async def whole_answer(source: Source, call: Call, wire: Wire) -> Chunk:
     """The answer in one piece. Raises what the engine raises, and for every choice that did not end well."""
     choices = [Gathered() for _ in range(len(call.prompts) * call.params.n)]
-    usages: list[Usage] = []
+    ends: list[Delta] = []
     async with aclosing(merged(source, call.prompts)) as deltas:
         async for number, delta in deltas:
             check_end(delta)
             choices[number * call.params.n + delta.index].add(delta)
             if delta.usage is not None:
-                usages.append(delta.usage)
+                ends.append(delta)
     body = _envelope(call, wire.object)
     body["choices"] = [wire.whole(index, choice) for index, choice in enumerate(choices)]
-    body |= usage_fields(call, usages)
+    body |= usage_fields(call, ends)
+    if call.options.warnings:
+        body["warnings"] = call.options.warnings
     return body
 
 
 async def event_stream(source: Source, call: Call, wire: Wire) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events. Raises before the first event only; later failures are an event."""
-    usages: list[Usage] = []
+    """The answer as server-sent events. Raises before the first event only; later failures are an event.
+
+    The `kvlite` block is in the last chunk: that of the usage, when it was asked for.
+    """
+    ends: list[Delta] = []
     opened: set[int] = set()
     try:
         async with aclosing(merged(source, call.prompts)) as deltas:
@@ -100,13 +106,14 @@ async def event_stream(source: Source, call: Call, wire: Wire) -> AsyncGenerator
                     opened.add(index)
                     if (choice := wire.opening(index)) is not None:
                         yield _event(call, wire, [choice], first=len(opened) == 1)
-                if (choice := wire.piece(index, delta)) is not None:
-                    yield _event(call, wire, [choice])
-                check_end(delta)
                 if delta.usage is not None:
-                    usages.append(delta.usage)
+                    ends.append(delta)
+                is_last = len(ends) == len(call.prompts) and not call.options.include_usage
+                if (choice := wire.piece(index, delta)) is not None:
+                    yield _event(call, wire, [choice], cost=reuse_fields(call, ends) if is_last else None)
+                check_end(delta)
         if call.options.include_usage:
-            yield _event(call, wire, [], usage=usage_fields(call, usages))
+            yield _event(call, wire, [], cost=usage_fields(call, ends))
     except KvliteError as error:
         if not opened:
             raise
@@ -123,11 +130,11 @@ def _envelope(call: Call, object: str) -> Chunk:
     return {"id": call.id, "object": object, "created": call.created, "model": call.model}
 
 
-def _event(call: Call, wire: Wire, choices: list[Chunk], *, first: bool = False, usage: Chunk | None = None) -> bytes:
+def _event(call: Call, wire: Wire, choices: list[Chunk], *, first: bool = False, cost: Chunk | None = None) -> bytes:
     body = _envelope(call, wire.chunk_object)
     body["choices"] = choices
-    if usage is not None:
-        body |= usage
+    if cost is not None:
+        body |= cost
     elif call.options.include_usage:
         body["usage"] = None
     if first and call.options.warnings:

@@ -6,13 +6,13 @@ Knows neither HTTP nor the engine. Called by stream.py; one wire object holds th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvlite.request import ValidatedRequest
 from kvlite.server.protocol import Options
-from kvlite.types import Delta, FinishReason, Logprob, SamplingParams, TokenLogprobs, Usage
+from kvlite.types import Delta, FinishReason, Logprob, SamplingParams, TokenLogprobs
 
 LOGPROB_FLOOR = -9999.0
 """JSON has no -inf."""
@@ -89,31 +89,6 @@ class Gathered:
         self.stop_reason = delta.stop_reason
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
-
-
-def usage_fields(call: Call, usages: Iterable[Usage]) -> Chunk:
-    """`usage` in OpenAI's shape and the `kvlite` block, summed over the prompts; warnings when there are some."""
-    usages = list(usages)
-    prompt = sum(usage.prompt_tokens for usage in usages)
-    completion = sum(usage.completion_tokens for usage in usages)
-    cached = sum(usage.cached_tokens for usage in usages)
-    fields: Chunk = {
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        },
-        "kvlite": {
-            "reuse": call.options.request.reuse,
-            "exact": True,
-            "prefix_tokens": cached,
-            "computed_tokens": prompt - cached,
-        },
-    }
-    if call.options.warnings and not call.options.stream:
-        fields["warnings"] = call.options.warnings
-    return fields
 
 
 def finite(logprob: float) -> float:
