@@ -12,16 +12,16 @@
 //! ```
 
 mod audit;
+mod store;
 
-use std::collections::BTreeSet;
 use std::fmt;
 
-use rustc_hash::FxHashMap;
+pub(super) use store::Segments;
 
 use super::evict::EvictionPolicy;
 use super::{BlockState, Cache, NONE};
-use crate::config::CoreConfig;
 use crate::ids::{BlockId, TenantId, Token};
+use store::Entry;
 
 /// A segment at one moment; a name that outlived it is caught at the next use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,138 +68,6 @@ pub struct SegmentView<'a> {
     pub dropped: bool,
     /// Uses so far.
     pub hits: u32,
-}
-
-type Digest = [u8; 32];
-
-/// Place in the order of eviction, least first: Greedy-Dual-Size-Frequency, then the one that was in use longer ago.
-type Rank = (u128, u64, u32);
-
-/// Binary places of a priority.
-const PRIORITY_SHIFT: u32 = 16;
-
-/// Tokens that are hashed at once; 4 KiB keep the vector units of BLAKE3 busy.
-const HASHED_AT_ONCE: usize = 1024;
-
-#[derive(Default)]
-struct Entry {
-    generation: u32,
-    tenant: TenantId,
-    digest: Digest,
-    ids: Box<[Token]>,
-    blocks: Vec<BlockId>,
-    /// None: the entry is vacant.
-    state: Option<SegmentState>,
-    users: u32,
-    pinned: bool,
-    dropped: bool,
-    hits: u32,
-    /// Set exactly while the segment is cached.
-    rank: Option<Rank>,
-}
-
-/// All segments of a cache.
-pub(super) struct Segments {
-    entries: Vec<Entry>,
-    vacant: Vec<u32>,
-    found: FxHashMap<(TenantId, Digest), u32>,
-    /// Cached segments, next to be evicted first.
-    order: BTreeSet<Rank>,
-    /// The segment of each block.
-    owners: Vec<u32>,
-    /// Priority of the last one evicted: what was useful long ago is overtaken by what is useful now.
-    clock: u128,
-    num_released: u64,
-    /// Of BLAKE3: no two models share a digest.
-    key: Digest,
-    /// Blocks that segments may hold together.
-    quota: usize,
-    num_held: usize,
-    num_cached: usize,
-    num_pinned: usize,
-    block_size: usize,
-    attention_cost_tokens: u128,
-}
-
-impl Segments {
-    pub(super) fn new(config: &CoreConfig) -> Segments {
-        let mut key = blake3::Hasher::new_derive_key("kvlite segment, version 1: model digest, canonical prefix");
-        key.update(&config.model_digest.to_le_bytes());
-        update(&mut key, &config.canonical_prefix);
-        Segments {
-            entries: Vec::new(),
-            vacant: Vec::new(),
-            found: FxHashMap::default(),
-            order: BTreeSet::new(),
-            owners: vec![NONE; config.num_blocks as usize],
-            clock: 0,
-            num_released: 0,
-            key: *key.finalize().as_bytes(),
-            quota: (config.segment_cache_ratio * f64::from(config.num_blocks)) as usize,
-            num_held: 0,
-            num_cached: 0,
-            num_pinned: 0,
-            block_size: config.block_size as usize,
-            attention_cost_tokens: u128::from(config.attention_cost_tokens),
-        }
-    }
-
-    /// Whether `block` belongs to a segment.
-    pub(super) fn holds(&self, block: u32) -> bool {
-        self.owners[block as usize] != NONE
-    }
-
-    fn digest(&self, ids: &[Token]) -> Digest {
-        let mut hasher = blake3::Hasher::new_keyed(&self.key);
-        update(&mut hasher, ids);
-        *hasher.finalize().as_bytes()
-    }
-
-    fn find(&self, tenant: TenantId, digest: Digest, ids: &[Token]) -> Option<u32> {
-        let index = *self.found.get(&(tenant, digest))?;
-        (*self.entries[index as usize].ids == *ids).then_some(index)
-    }
-
-    fn resolve(&self, id: SegmentId) -> u32 {
-        let now = self.entries.get(id.index as usize).map(|entry| entry.generation);
-        assert!(now == Some(id.generation), "stale segment id {id:?}: its segment is at generation {now:?} now");
-        id.index
-    }
-
-    fn name(&self, index: u32) -> SegmentId {
-        SegmentId { index, generation: self.entries[index as usize].generation }
-    }
-
-    /// The entry of `id`, which must be in `state`.
-    fn in_state(&mut self, id: SegmentId, state: SegmentState) -> &mut Entry {
-        let index = self.resolve(id);
-        let entry = &mut self.entries[index as usize];
-        assert!(entry.state == Some(state), "{id:?} is {:?}, not {state:?}", entry.state);
-        entry
-    }
-
-    fn blocks_of(&self, len: usize) -> usize {
-        len.div_ceil(self.block_size)
-    }
-
-    /// Clock + uses * recompute cost / bytes, in 2^-16 of a token's cost per token kept: uses count from one, because making it
-    /// was one; cost = len * (1 + len / (2 attention_cost_tokens)); bytes are those of whole blocks.
-    fn priority(&self, entry: &Entry) -> u128 {
-        let (len, linear) = (entry.ids.len() as u128, 2 * self.attention_cost_tokens);
-        let kept = (entry.blocks.len() * self.block_size) as u128;
-        let value = ((len * (linear + len)) << PRIORITY_SHIFT) / (linear * kept);
-        self.clock + (u128::from(entry.hits) + 1) * value
-    }
-}
-
-fn update(hasher: &mut blake3::Hasher, ids: &[Token]) {
-    let mut bytes = [0; 4 * HASHED_AT_ONCE];
-    for ids in ids.chunks(HASHED_AT_ONCE) {
-        for (to, id) in bytes.chunks_exact_mut(4).zip(ids) {
-            to.copy_from_slice(&id.to_le_bytes());
-        }
-        hasher.update(&bytes[..4 * ids.len()]);
-    }
 }
 
 impl<E: EvictionPolicy> Cache<E> {

@@ -2,7 +2,8 @@
 //!
 //! O(num_blocks + tokens stored); for tests and debugging. Called by `Cache::audit`.
 
-use super::{SegmentState, Segments};
+use super::SegmentState;
+use super::store::Segments;
 use crate::cache::blocks::BlockPool;
 use crate::cache::{BlockState, NONE};
 
