@@ -24,7 +24,7 @@ const HASHED_AT_ONCE: usize = 1024;
 
 /// One segment, or room for one.
 #[derive(Default)]
-pub(super) struct Entry {
+pub(in crate::cache) struct Entry {
     pub generation: u32,
     pub tenant: TenantId,
     pub digest: Digest,
