@@ -287,4 +287,5 @@ def _merge(deltas: list[Delta]) -> Delta:
         error=last.error,
         usage=last.usage,
         prompt_logprobs=first.prompt_logprobs,
+        reuse=last.reuse,
     )

@@ -2,21 +2,26 @@
 
 Owns what the stream's owner must keep: ids, text, stop strings, log-probabilities. Turns what a plan reports
 (committed, finished, admitted) into deltas; a choice ends once, nothing follows its end. Knows neither device
-nor clock nor core; stop strings that it finds are handed back for the core to hear of. Called by engine.py.
+nor clock nor core; stop strings that it finds are handed back for the core to hear of. Called by loop.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvlite.output import ChoiceOutput, readable
 from kvlite.request import ValidatedRequest
+from kvlite.reuse_types import ReuseReport
 from kvlite.runner.model_runner import RunResult
 from kvlite.runner.plan import Cause, Plan, SampleKind, as_rows
 from kvlite.runner.sampler import RawLogprobs, RowSampling, Sampler, choice_seed
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import Delta, FinishReason, TokenLogprobs, Usage
+
+if TYPE_CHECKING:
+    import torch
 
 REASONS = (
     FinishReason.STOP,
@@ -31,12 +36,14 @@ REASONS = (
 class _Request:
     """One request and its choices."""
 
-    def __init__(self, handle: int, request: ValidatedRequest, seed: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, handle: int, request: ValidatedRequest, seed: int, tokenizer: Tokenizer, captured: bool) -> None:
         self.handle = handle
         self.request = request
         self.seed = seed
         self.choices = [ChoiceOutput(request, n, tokenizer) for n in range(request.params.n)]
-        self.cached_len = 0
+        self.captured = captured
+        self.reuse: ReuseReport | None = None
+        """Set when the request is admitted."""
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         """Filled as the prompt is computed; None when not asked, or shown already."""
         if request.params.prompt_logprobs is not None:
@@ -48,7 +55,8 @@ class _Request:
 
     def usage(self) -> Usage:
         completion = sum(len(choice.token_ids) for choice in self.choices)
-        return Usage(len(self.request.prompt_ids), completion, self.cached_len)
+        cached = 0 if self.reuse is None else self.reuse.cached_tokens
+        return Usage(len(self.request.prompt_ids), completion, cached)
 
 
 _Held: TypeAlias = tuple[_Request, ChoiceOutput]
@@ -63,14 +71,23 @@ class Stopped:
     kept_len: int
 
 
-class InFlight:
-    """The requests of one engine."""
+ReportOf = Callable[[int, ValidatedRequest, int], ReuseReport | None]
+"""(handle, request, cached_len) of a request that was just admitted."""
 
-    def __init__(self, tokenizer: Tokenizer, sampler: Sampler, num_rows: int) -> None:
+
+class InFlight:
+    """The requests of one engine. `captured` is the runner's set of rows whose next logits are wanted."""
+
+    def __init__(self, tokenizer: Tokenizer, sampler: Sampler, captured: set[int], report_of: ReportOf) -> None:
         self._tokenizer = tokenizer
         self._sampler = sampler
+        self._captured = captured
+        self._report_of = report_of
+        self.first_logits: dict[int, torch.Tensor] = {}
+        """By handle: what the first token of choice 0 was chosen from, [V] fp32. Whoever asked for it takes it out."""
         self._requests: dict[int, _Request] = {}
-        self._rows: list[_Held | None] = [None] * num_rows
+        self._rows: dict[int, _Held] = {}
+        """By seq_row."""
         self._logprobs: dict[int, RawLogprobs] = {}
         """Of the plan that was computed last, by seq_row."""
         self._fault: Exception | None = None
@@ -82,9 +99,9 @@ class InFlight:
     def __contains__(self, handle: int) -> bool:
         return handle in self._requests
 
-    def add(self, handle: int, request: ValidatedRequest, seed: int) -> None:
-        """Starts to follow a request."""
-        self._requests[handle] = _Request(handle, request, seed, self._tokenizer)
+    def add(self, handle: int, request: ValidatedRequest, seed: int, *, captured: bool = False) -> None:
+        """Starts to follow a request; `captured`: its first logits are wanted."""
+        self._requests[handle] = _Request(handle, request, seed, self._tokenizer, captured)
 
     def computed(self, plan: Plan, result: RunResult) -> None:
         """Takes what the runner gave beside ids; before the core commits `plan`."""
@@ -93,18 +110,23 @@ class InFlight:
         sample = as_rows(plan.sample) if result.logprobs else []
         for n, raw in result.logprobs.items():
             row, seq_row, kind = sample[n]
-            held = self._rows[seq_row]
+            held = self._rows.get(seq_row)
             if kind == SampleKind.SAMPLE:
                 self._logprobs[seq_row] = raw
             elif held is not None and held[0].prompt_logprobs is not None:
                 held[0].prompt_logprobs[int(plan.last_key[row]) + 1] = readable(raw, self._tokenizer)
+
+        for seq_row, logits in result.logits.items():
+            held = self._rows.get(seq_row)
+            if held is not None and held[1].index == 0:
+                self.first_logits[held[0].handle] = logits
 
     def outcome(self, plan: Plan) -> tuple[list[Delta], list[Stopped]]:
         """What `plan` reports of those before it: committed, then finished, then who holds which row from now on."""
         touched: dict[tuple[int, int], _Held] = {}
         stopped: dict[tuple[int, int], Stopped] = {}
         for seq_row, _position, token in as_rows(plan.committed):
-            held = self._rows[seq_row]
+            held = self._rows.get(seq_row)
             if held is None or held[1].finish_reason is not None:
                 continue  # ended by a stop string, which the core hears of a step late
             request, choice = held
@@ -139,13 +161,16 @@ class InFlight:
         return [(request, choice) for choice in choices if choice.finish_reason is None]
 
     def _admit(self, key: tuple[int, int], seq_row: int, cause: Cause, cached_len: int) -> None:
+        self._rows.pop(seq_row, None)
+        self._captured.discard(seq_row)
         request = self._requests.get(key[0])
-        if request is None:
-            self._rows[seq_row] = None
+        if request is None or request.request.segment is not None:
             return
         choice = request.choices[key[1]]
         if cause is Cause.NEW:
-            request.cached_len = cached_len
+            request.reuse = self._report_of(request.handle, request.request, cached_len)
+        if request.captured and choice.index == 0 and not choice.token_ids:
+            self._captured.add(seq_row)
         self._rows[seq_row] = (request, choice)
         state = RowSampling(
             params=request.request.params,
@@ -169,6 +194,6 @@ class InFlight:
                 delta = replace(delta, error=cause)
             if last.get(request.handle) is choice:
                 del self._requests[request.handle]
-                delta = replace(delta, usage=request.usage())
+                delta = replace(delta, usage=request.usage(), reuse=request.reuse)
             deltas.append(delta)
         return deltas

@@ -7,6 +7,7 @@ part of one is ever shown. Knows neither core nor device. Called by engine.py.
 from __future__ import annotations
 
 from kvlite.request import ValidatedRequest
+from kvlite.reuse_types import ReuseReport
 from kvlite.runner.sampler import RawLogprobs
 from kvlite.tokenizer import Detokenizer, Tokenizer
 from kvlite.types import CompletionOutput, Delta, FinishReason, Logprob, RequestOutput, TokenLogprobs, Usage
@@ -112,12 +113,13 @@ class Collector:
         self._request = request
         self._parts: list[list[Delta]] = [[] for _ in range(request.params.n)]
         self._usage: Usage | None = None
+        self._reuse: ReuseReport | None = None
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     def push(self, delta: Delta) -> bool:
         """Takes the next delta; True when it was the last."""
         self._parts[delta.index].append(delta)
-        self._usage = delta.usage
+        self._usage, self._reuse = delta.usage, delta.reuse
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
         return delta.usage is not None
@@ -131,6 +133,7 @@ class Collector:
             usage=self._usage,
             prompt=self._request.text,
             prompt_logprobs=self._prompt_logprobs,
+            reuse=self._reuse,
         )
 
 

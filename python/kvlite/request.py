@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from kvlite.checks import check_integer, check_number
 from kvlite.config import EngineConfig
+from kvlite.documents import PUBLIC_TENANT
 from kvlite.errors import InvalidRequestError
-from kvlite.reuse_types import Reuse
+from kvlite.reuse import ReuseMethod, resolve
+from kvlite.reuse_types import EncodedPrompt, Reuse, ReuseMode, SegmentSpan
 from kvlite.types import GenerationDefaults, RequestOptions, SamplingParams
 
 PRIORITY_LIMIT = 1_000_000
-TENANT_LIMIT = (1 << 31) - 1
+TENANT_LIMIT = PUBLIC_TENANT - 1
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,43 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
+class Blending:
+    """How the segments of a request are reused."""
+
+    method: ReuseMethod
+    ratio: float
+    """Share of the reused rows that is recomputed."""
+
+
+@dataclass(frozen=True)
+class SegmentOrder:
+    """The prompt is a segment to be computed alone and kept; nothing is sampled."""
+
+    pinned: bool
+
+
+@dataclass(frozen=True)
 class ValidatedRequest:
-    """A request that can be served: made by `validate` only."""
+    """A request that can be served: made by `validate` and `validate_segment` only."""
 
     prompt_ids: NDArray[np.int32]
     params: SamplingParams
     """Resolved: the model's defaults are filled in, max_tokens is a number that fits."""
     options: RequestOptions
+    """Resolved: `reuse` says what is done, with method and ratio where segments are reused."""
     timeout_s: float
     stop_ids: frozenset[int]
     """Ids that end a choice: stop_token_ids, and the model's EOS ids unless ignore_eos."""
     eos_ids: frozenset[int]
     text: str | None = None
     """The prompt's text, when it came as text."""
+    spans: tuple[SegmentSpan, ...] = ()
+    """Segments of the prompt, under every reuse mode."""
+    blending: Blending | None = None
+    """None: segments are computed as any other text."""
+    segment: SegmentOrder | None = None
+    fallback: str | None = None
+    """Why the quality floor has `blending` differ from what `options` ask."""
 
     @property
     def max_tokens(self) -> int:
@@ -57,10 +83,16 @@ class ValidatedRequest:
         assert self.params.max_tokens is not None
         return self.params.max_tokens
 
+    @property
+    def reuse(self) -> Reuse:
+        """What is done with the cache."""
+        assert self.options.reuse is not None
+        return self.options.reuse
+
 
 def validate(
     limits: RequestLimits,
-    prompt_ids: Sequence[int] | NDArray[np.int32],
+    prompt: Sequence[int] | NDArray[np.int32] | EncodedPrompt,
     params: SamplingParams,
     options: RequestOptions | None = None,
     text: str | None = None,
@@ -69,7 +101,12 @@ def validate(
     _check_params(limits, params)
     options = options or RequestOptions()
     timeout_s = _check_options(limits, options)
-    ids = _check_prompt(limits, prompt_ids)
+    spans: tuple[SegmentSpan, ...] = ()
+    if isinstance(prompt, EncodedPrompt):
+        prompt, spans, text = prompt.ids, prompt.spans, prompt.text
+    ids = _check_prompt(limits, prompt)
+    _check_spans(limits, spans, len(ids))
+    reuse, blending = _resolve_reuse(limits, options.reuse, params, spans)
     max_tokens = _max_tokens(limits, len(ids), params)
     if params.min_tokens > max_tokens:
         raise InvalidRequestError("min_tokens", f"{params.min_tokens} is above max_tokens={max_tokens}")
@@ -82,12 +119,67 @@ def validate(
     return ValidatedRequest(
         prompt_ids=ids,
         params=replace(params.resolved(limits.defaults), max_tokens=max_tokens),
-        options=options,
+        options=replace(options, reuse=reuse),
         timeout_s=timeout_s,
         stop_ids=eos | frozenset(params.stop_token_ids),
         eos_ids=eos,
         text=text,
+        spans=spans,
+        blending=blending,
     )
+
+
+def validate_segment(
+    limits: RequestLimits, ids: Sequence[int], options: RequestOptions, *, pinned: bool = False
+) -> ValidatedRequest:
+    """A request that makes a segment; `options.tenant` may be PUBLIC_TENANT. Raises InvalidRequestError."""
+    checked = replace(options, tenant=0) if options.tenant == PUBLIC_TENANT else options
+    timeout_s = _check_options(limits, checked)
+    return ValidatedRequest(
+        prompt_ids=_check_prompt(limits, ids),
+        params=SamplingParams(max_tokens=1).resolved(limits.defaults),
+        options=replace(options, reuse=Reuse.PREFIX),
+        timeout_s=timeout_s,
+        stop_ids=frozenset(),
+        eos_ids=frozenset(),
+        segment=SegmentOrder(pinned),
+    )
+
+
+def resolve_method(limits: RequestLimits, reuse: Reuse) -> Blending:
+    """Method and ratio with the engine's defaults filled in. Raises InvalidRequestError."""
+    config = limits.config
+    name = config.reuse_method if reuse.method is None else reuse.method
+    method = resolve(name, reuse.options, limits.num_layers)
+    return Blending(method, method.ratio(config.recompute_ratio if reuse.ratio is None else reuse.ratio))
+
+
+def _resolve_reuse(
+    limits: RequestLimits, asked: Reuse | None, params: SamplingParams, spans: tuple[SegmentSpan, ...]
+) -> tuple[Reuse, Blending | None]:
+    reuse = Reuse(ReuseMode(limits.config.reuse.value)) if asked is None else asked
+    if not reuse.is_blended:
+        if reuse.method is not None or reuse.ratio is not None or reuse.options:
+            raise InvalidRequestError("reuse_options", f"need reuse=blend or verify, not {reuse.mode}")
+        return reuse, None
+    blending = resolve_method(limits, reuse)
+    wants_logprobs = params.prompt_logprobs is not None and reuse.mode is ReuseMode.BLEND
+    if wants_logprobs and asked is not None and spans:
+        raise InvalidRequestError("prompt_logprobs", "not available with reuse=blend: the prompt is not computed whole")
+    reuse = replace(reuse, ratio=blending.ratio, method=blending.method.name)
+    return reuse, blending if spans and not wants_logprobs else None
+
+
+def _check_spans(limits: RequestLimits, spans: tuple[SegmentSpan, ...], prompt_len: int) -> None:
+    if len(spans) > limits.config.max_documents:
+        raise InvalidRequestError("documents", f"{len(spans)} are too many: at most {limits.config.max_documents}")
+    end = 0
+    for span in spans:
+        if span.start < end or span.start + span.length > prompt_len:
+            raise InvalidRequestError(
+                "prompt", f"segment {span.id} at {span.start} overlaps another or leaves the {prompt_len} tokens"
+            )
+        end = span.start + span.length
 
 
 def _check_prompt(limits: RequestLimits, prompt_ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:

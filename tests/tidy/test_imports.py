@@ -16,7 +16,7 @@ from tests.tidy.sources import ROOT, blank_rust, read, sources, without_rust_tes
 
 LEAVES = {"errors", "checks", "reuse_types", "types", "config", "progress"}
 COMPUTE = LEAVES | {"_core", "ops"}
-REQUEST = LEAVES | {"model_files", "chat_environment", "chat_template", "tokenizer", "request", "reuse"}
+REQUEST = LEAVES | {"model_files", "chat_environment", "chat_template", "tokenizer", "request", "reuse", "documents", "library"}
 ENGINE = REQUEST | {"engine"}
 SERVING = ENGINE | {"async_engine"}
 
@@ -36,12 +36,17 @@ ALLOWED: dict[str, set[str]] = {
     "chat_template": LEAVES | {"chat_environment"},
     "model_files": LEAVES,
     "tokenizer": LEAVES | {"chat_template", "model_files"},
-    "request": LEAVES | {"reuse"},
+    "documents": {"errors", "reuse_types"},
+    "request": LEAVES | {"reuse", "documents"},
+    "library": LEAVES | {"_core", "documents", "request", "tokenizer"},
+    "agreement": set(),
+    "twins": LEAVES | {"agreement", "request"},
     "output": REQUEST | {"runner"},
     "startup": COMPUTE | REQUEST | {"models", "runner"},
     "inflight": REQUEST | {"output", "runner"},
-    "engine": COMPUTE | REQUEST | {"inflight", "output", "runner", "startup"},
-    "async_engine": ENGINE | {"inflight", "output"},
+    "loop": COMPUTE | REQUEST | {"agreement", "documents", "inflight", "runner", "startup", "twins"},
+    "engine": COMPUTE | REQUEST | {"documents", "library", "loop", "output", "startup"},
+    "async_engine": ENGINE | {"output"},
     "fleet": SERVING,
     "server": SERVING | {"fleet"},
     "chat": SERVING,

@@ -1,0 +1,162 @@
+"""`DocumentStore`: documents by id, per tenant and public ones; and what a caller may know of them.
+
+Owns texts, ids, titles and times; a document that is unknown, expired or another tenant's is not there, and nothing
+tells the three apart. Knows neither HTTP nor the cache: segments are the core's, and come and go without the store.
+Safe in any thread. Called by library.py and by engine.py for documents that a request names by id.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvlite.errors import CapacityError
+from kvlite.reuse_types import Document
+
+PUBLIC_TENANT = (1 << 31) - 1
+"""Whose documents every tenant may use; no request is its own."""
+BYTES_LIMIT = 256 << 20
+"""Of all texts together."""
+
+
+class DocumentState(StrEnum):
+    """Where a document's KV is."""
+
+    READY = "ready"
+    MAKING = "making"
+    EVICTED = "evicted"
+    """The text is kept; the KV is made again at the next use."""
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """One document and whose it is."""
+
+    id: str
+    text: str
+    title: str | None
+    tenant: int
+    token_ids: tuple[int, ...]
+    """Of its segment."""
+    created: float
+    """Unix seconds, as `expires`."""
+    expires: float | None = None
+    pinned: bool = False
+
+    @property
+    def document(self) -> Document:
+        """As a request would bring it."""
+        return Document(self.text, self.id, self.title)
+
+
+@dataclass(frozen=True)
+class DocumentInfo:
+    """What a caller may know of a document."""
+
+    id: str
+    title: str | None
+    tokens: int
+    state: DocumentState
+    pinned: bool
+    public: bool
+    created: float
+    """Unix seconds, as `expires`."""
+    expires: float | None
+
+
+class DocumentStore:
+    """At most `max_documents` of them and BYTES_LIMIT of text, over all tenants."""
+
+    def __init__(self, max_documents: int, clock: Callable[[], float] = time.time) -> None:
+        self._max_documents = max_documents
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._documents: dict[tuple[int, str], StoredDocument] = {}
+        self._num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    @property
+    def now(self) -> float:
+        """Unix seconds."""
+        return self._clock()
+
+    def put(self, document: StoredDocument) -> StoredDocument | None:
+        """Keeps it; returns the one of the same tenant and id that it replaces. Raises CapacityError when full."""
+        with self._lock:
+            old = self._documents.get((document.tenant, document.id))
+            size = self._num_bytes + _size(document) - (0 if old is None else _size(old))
+            if old is None and len(self._documents) >= self._max_documents:
+                raise CapacityError(f"all {self._max_documents} documents are taken: delete one, or raise the limit")
+            if size > BYTES_LIMIT:
+                raise CapacityError(f"stored documents would have {size} bytes of text, at most {BYTES_LIMIT} are kept")
+            self._documents[document.tenant, document.id] = document
+            self._num_bytes = size
+            return old
+
+    def get(self, tenant: int, id: str) -> StoredDocument | None:
+        """The tenant's own document of that id, else the public one."""
+        with self._lock:
+            for owner in (tenant, PUBLIC_TENANT):
+                found = self._documents.get((owner, id))
+                if found is not None and not self._is_over(found):
+                    return found
+            return None
+
+    def list(self, tenant: int) -> list[StoredDocument]:
+        """The tenant's own and the public ones, oldest first."""
+        with self._lock:
+            mine = [found for (owner, _), found in self._documents.items() if owner in (tenant, PUBLIC_TENANT)]
+        return sorted((found for found in mine if not self._is_over(found)), key=lambda found: found.created)
+
+    def delete(self, tenant: int, id: str) -> StoredDocument | None:
+        """Forgets the document that `tenant` owns; public ones are PUBLIC_TENANT's."""
+        with self._lock:
+            found = self._documents.pop((tenant, id), None)
+            if found is not None:
+                self._num_bytes -= _size(found)
+            return None if found is None or self._is_over(found) else found
+
+    def expire(self) -> list[StoredDocument]:
+        """Forgets those whose time is over, and returns them. O(documents)."""
+        with self._lock:
+            over = [found for found in self._documents.values() if self._is_over(found)]
+            for found in over:
+                del self._documents[found.tenant, found.id]
+                self._num_bytes -= _size(found)
+            return over
+
+    def is_shared(self, document: StoredDocument) -> bool:
+        """Whether another document of the same tenant is the same segment. O(documents)."""
+        return self._holds(document, pinned=False)
+
+    def is_pinned(self, document: StoredDocument) -> bool:
+        """Whether another document of the same tenant is the same segment and pinned. O(documents)."""
+        return self._holds(document, pinned=True)
+
+    def _holds(self, document: StoredDocument, *, pinned: bool) -> bool:
+        with self._lock:
+            return any(
+                found.tenant == document.tenant
+                and found.id != document.id
+                and found.token_ids == document.token_ids
+                and (found.pinned or not pinned)
+                for found in self._documents.values()
+            )
+
+    def _is_over(self, document: StoredDocument) -> bool:
+        return document.expires is not None and document.expires <= self._clock()
+
+
+def new_id() -> str:
+    """An id that nobody can guess."""
+    return f"doc_{secrets.token_hex(8)}"
+
+
+def _size(document: StoredDocument) -> int:
+    return len(document.text) * 4 + len(document.token_ids) * 8

@@ -1,0 +1,195 @@
+"""`Library`: stored documents and their segments, kept in step.
+
+Owns what happens to a segment when its document is put, pinned, deleted or over: a segment lives as long as a document
+of its tenant needs it, requests that use it keep it until they are done. Knows neither HTTP nor threads; the making of
+a segment is a request, which the caller runs. Called by engine.py and async_engine.py, in any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kvlite import _core
+from kvlite.checks import check_number
+from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState, DocumentStore, StoredDocument, new_id
+from kvlite.errors import CapacityError, EngineError, InvalidRequestError, UnknownDocumentError
+from kvlite.request import RequestLimits, ValidatedRequest, validate_segment
+from kvlite.reuse_types import Document
+from kvlite.tokenizer import Tokenizer
+from kvlite.types import Delta, FinishReason, RequestOptions
+
+TTL_LIMIT_S = 10 * 365 * 24 * 3600.0
+KEEP = -1.0
+"""As a ttl: leave the time as it is."""
+
+
+class Library:
+    """Over one core and one store."""
+
+    def __init__(self, core: _core.Core, store: DocumentStore, tokenizer: Tokenizer, limits: RequestLimits) -> None:
+        self._core = core
+        self._store = store
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    def resolve(self, documents: Sequence[Document | str], tenant: int) -> list[Document]:
+        """Documents of a request, every one with its text; a plain text is a document.
+
+        Raises InvalidRequestError for too many and for an id that occurs twice, UnknownDocumentError for one that
+        `tenant` cannot see.
+        """
+        limit = self._limits.config.max_documents
+        if isinstance(documents, str) or not isinstance(documents, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequestError("documents", "must be a list of documents")
+        if len(documents) > limit:
+            raise InvalidRequestError("documents", f"{len(documents)} are too many: at most {limit} per request")
+        found: list[Document] = []
+        seen: set[str] = set()
+        for n, given in enumerate(documents):
+            document = Document(given) if isinstance(given, str) else given
+            if not isinstance(document, Document):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InvalidRequestError(f"documents[{n}]", "must be a kvlite.Document or a text")
+            if document.id is not None and document.id in seen:
+                raise InvalidRequestError(f"documents[{n}].id", f"{document.id!r} occurs twice")
+            if document.id is not None:
+                seen.add(document.id)
+            found.append(document if document.text is not None else self._stored(document, n, tenant))
+        return found
+
+    def _stored(self, document: Document, n: int, tenant: int) -> Document:
+        assert document.id is not None, "a document has a text or an id"
+        stored = self._store.get(tenant, document.id)
+        if stored is None:
+            raise UnknownDocumentError(f"documents[{n}].id", document.id)
+        return stored.document if document.title is None else replace(stored.document, title=document.title)
+
+    def prepare(
+        self, document: Document, *, tenant: int = 0, pinned: bool = False, ttl_s: float | None = None
+    ) -> tuple[StoredDocument, ValidatedRequest]:
+        """A document to be put, and the request that makes its segment. Raises InvalidRequestError."""
+        if document.text is None:
+            raise InvalidRequestError("document.text", "is missing: must be text of at least one character")
+        check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
+        ids = self._tokenizer.document_ids(document)
+        self._check_length(ids)
+        now = self._store.now
+        expires = None if ttl_s is None else now + ttl_s
+        stored = StoredDocument(
+            document.id or new_id(), document.text, document.title, tenant, tuple(ids), now, expires, pinned
+        )
+        return stored, self.order(stored)
+
+    def order(self, stored: StoredDocument) -> ValidatedRequest:
+        """The request that makes its segment."""
+        options = RequestOptions(tenant=stored.tenant)
+        return validate_segment(self._limits, stored.token_ids, options, pinned=stored.pinned)
+
+    def _check_length(self, ids: list[int]) -> None:
+        config, limits = self._limits.config, self._limits
+        room = int(limits.pool_tokens * config.segment_cache_ratio) // config.block_size * config.block_size
+        if not ids:
+            raise InvalidRequestError("document.text", "has no tokens")
+        if len(ids) >= limits.max_model_len:
+            raise InvalidRequestError(
+                "document.text", f"has {len(ids)} tokens, at most {limits.max_model_len - 1} fit the model"
+            )
+        if len(ids) > room:
+            raise InvalidRequestError(
+                "document.text",
+                f"has {len(ids)} tokens, the store of segments holds {room}: raise kv_cache_bytes or "
+                f"segment_cache_ratio={config.segment_cache_ratio:g}",
+            )
+
+    def put(self, stored: StoredDocument) -> DocumentInfo:
+        """Keeps a document whose segment was made; what it replaces loses its own. Raises CapacityError."""
+        old = self._store.get(stored.tenant, stored.id)
+        if old is not None and old.tenant == stored.tenant:
+            stored = replace(stored, created=old.created)
+        replaced = self._store.put(stored)
+        if replaced is not None and replaced.token_ids != stored.token_ids:
+            self._release(replaced)
+        return self.info(stored)
+
+    def info(self, stored: StoredDocument) -> DocumentInfo:
+        """What a caller may know of it."""
+        return DocumentInfo(
+            id=stored.id,
+            title=stored.title,
+            tokens=len(stored.token_ids),
+            state=self.state(stored.tenant, stored.token_ids),
+            pinned=stored.pinned,
+            public=stored.tenant == PUBLIC_TENANT,
+            created=stored.created,
+            expires=stored.expires,
+        )
+
+    def state(self, tenant: int, ids: Sequence[int]) -> DocumentState:
+        """Where the KV of a segment is that `tenant` may use."""
+        found = self._core.segment(tenant, np.asarray(ids, np.int32))
+        if found is None:
+            return DocumentState.EVICTED
+        return DocumentState.READY if found["state"] == "ready" else DocumentState.MAKING
+
+    def get(self, tenant: int, id: str) -> DocumentInfo | None:
+        """The tenant's own document of that id, else the public one."""
+        stored = self._store.get(tenant, id)
+        return None if stored is None else self.info(stored)
+
+    def list(self, tenant: int) -> list[DocumentInfo]:
+        """The tenant's own and the public ones, oldest first."""
+        return [self.info(stored) for stored in self._store.list(tenant)]
+
+    def change(self, tenant: int, id: str, pinned: bool | None, ttl_s: float | None) -> StoredDocument | None:
+        """The document with its new pin and time, already kept; None when `tenant` owns no such document.
+
+        Raises InvalidRequestError, or CapacityError when pins would leave too little for requests.
+        """
+        stored = self._store.get(tenant, id)
+        if stored is None or stored.tenant != tenant:
+            return None
+        if ttl_s != KEEP:
+            check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
+            stored = replace(stored, expires=None if ttl_s is None else self._store.now + ttl_s)
+        if pinned is not None and pinned != stored.pinned:
+            stored = replace(stored, pinned=pinned)
+            if pinned or not self._store.is_pinned(stored):
+                self._pin(stored)
+        self._store.put(stored)
+        return stored
+
+    def _pin(self, stored: StoredDocument) -> None:
+        try:
+            self._core.pin_segment(stored.tenant, np.asarray(stored.token_ids, np.int32), stored.pinned)
+        except _core.CapacityError as error:
+            raise CapacityError(str(error)) from None
+
+    def delete(self, tenant: int, id: str) -> bool:
+        """Forgets the document that `tenant` owns, and its segment; requests that use it go on."""
+        stored = self._store.delete(tenant, id)
+        if stored is not None:
+            self._release(stored)
+        return stored is not None
+
+    def expire(self) -> None:
+        """Forgets the documents whose time is over, and their segments."""
+        for stored in self._store.expire():
+            self._release(stored)
+
+    def _release(self, stored: StoredDocument) -> None:
+        """A document is gone: its segment too, unless another one needs it."""
+        if not self._store.is_shared(stored):
+            self._core.drop_segment(stored.tenant, np.asarray(stored.token_ids, np.int32))
+        elif stored.pinned and not self._store.is_pinned(stored):
+            self._pin(replace(stored, pinned=False))
+
+
+def check_made(last: Delta) -> None:
+    """Raises unless the request that made a segment ended well."""
+    if last.finish_reason is FinishReason.STOP:
+        return
+    if last.error is not None:
+        raise EngineError(f"the document could not be computed: {last.error}")
+    raise CapacityError(f"the document could not be computed: ended with reason {last.finish_reason}")
