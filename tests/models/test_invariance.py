@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,13 @@ import torch
 from kvlite import ops
 from kvlite.layers.linear import ROW_TILE
 from kvlite.models import Decoder, load_model
+from tests.models.alone import rows_alone
 from tests.models.driver import Driver
 from tests.models.make import make, prompt
 
 CPU = torch.device("cpu")
 TEXT_LEN = 48
 NUM_TEXTS = 4
-
-
-def rows_alone() -> ops.Ops:
-    """The reference ops with attention called once per row, which makes it invariant by construction."""
-    reference = ops.select(CPU, "reference")
-
-    def attention(
-        q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-        query_start: torch.Tensor, context_len: torch.Tensor, seq_row: torch.Tensor, last_key: torch.Tensor,
-        scale: float, window: int, out: torch.Tensor, lse: torch.Tensor,
-    ) -> None:  # fmt: skip
-        one = torch.tensor([0, 1], dtype=torch.int32)
-        for s, (first, end) in enumerate(zip(query_start.tolist(), query_start.tolist()[1:], strict=False)):
-            for row in range(first, end):
-                at, sequence = slice(row, row + 1), slice(s, s + 1)
-                reference.attention(
-                    q[at], k_cache, v_cache, block_table, one, context_len[sequence], seq_row[sequence],
-                    last_key[at], scale, window, out[at], lse[at],
-                )  # fmt: skip
-
-    return replace(reference, attention=attention)
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}-threads")
