@@ -113,6 +113,91 @@ pub enum CoreError {
         /// What was given.
         tenant: u32,
     },
+    /// More spans than a request may name.
+    #[error("{count} spans were given, at most {max} are allowed (max_segments)")]
+    TooManySpans {
+        /// What was given.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A span that is empty, out of order, overlapping or outside the prompt.
+    #[error("span {index} is {start} + {len} tokens, allowed are at least 1 token within {low} to {high}")]
+    Span {
+        /// Which span.
+        index: usize,
+        /// Its first position.
+        start: u32,
+        /// Its tokens.
+        len: u32,
+        /// The end of the span before it.
+        low: u32,
+        /// Prompt tokens.
+        high: usize,
+    },
+    /// A ratio that is no share.
+    #[error("{field} is {value}, allowed is a share from 0 to 1")]
+    Share {
+        /// Which number.
+        field: &'static str,
+        /// What was given.
+        value: f64,
+    },
+    /// Too many scoring rounds.
+    #[error("{count} rounds were given, at most {max} are allowed")]
+    Rounds {
+        /// What was given.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A method that a plan cannot name.
+    #[error("method_id is {method_id}, allowed are ids below 2^31")]
+    Method {
+        /// What was given.
+        method_id: u32,
+    },
+    /// Scores that do not match the prompt.
+    #[error("scores has {len} numbers, the prompt has {prompt_len} tokens")]
+    Scores {
+        /// What was given.
+        len: usize,
+        /// Prompt tokens.
+        prompt_len: usize,
+    },
+    /// Too many rows repaired with each output token.
+    #[error("decode_rows is {rows}, allowed are 0 to {max}")]
+    DecodeRows {
+        /// What was given.
+        rows: u32,
+        /// The limit.
+        max: u32,
+    },
+    /// Log-probabilities of rows that are not computed.
+    #[error("prompt_logprobs needs every prompt row computed, a blend reuses some: ask for one of them")]
+    BlendedLogprobs,
+    /// A segment that the model or the store cannot hold.
+    #[error(
+        "the segment has {len} tokens, at most {max} fit behind the canonical prefix and into the segments' blocks"
+    )]
+    SegmentTooLong {
+        /// Its tokens.
+        len: usize,
+        /// The limit.
+        max: u32,
+    },
+    /// Capacity, not blame: pinned segments hold what the request would need.
+    #[error(
+        "{needed} blocks are needed, the pool has {total} and pinned segments hold {pinned}: unpin some or retry later"
+    )]
+    Pinned {
+        /// Blocks of the largest request that has to fit.
+        needed: u32,
+        /// Blocks of the pool.
+        total: u32,
+        /// Blocks of pinned segments.
+        pinned: u32,
+    },
     /// Capacity, not blame: the same request may be accepted later.
     #[error("{waiting} requests are waiting, at most {max} may: retry later")]
     QueueFull {
@@ -150,6 +235,6 @@ pub enum CoreError {
 impl CoreError {
     /// Whether the refusal is about capacity now (retry later), not about the request.
     pub fn is_capacity(&self) -> bool {
-        matches!(self, CoreError::QueueFull { .. })
+        matches!(self, CoreError::QueueFull { .. } | CoreError::Pinned { .. })
     }
 }

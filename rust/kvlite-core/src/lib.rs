@@ -4,6 +4,7 @@
 //! whoever computes.
 #![forbid(unsafe_code)]
 
+mod blend;
 pub mod cache;
 mod config;
 mod core;
@@ -13,7 +14,11 @@ pub mod plan;
 pub mod sched;
 mod sequence;
 
-pub use crate::core::{Core, CoreStats, MAX_STOP_TOKEN_IDS, Request};
+pub use crate::blend::{MAX_SCORING_ROWS, Round, Scope};
+pub use crate::core::{
+    BlendRequest, Core, CoreStats, MAX_DECODE_ROWS, MAX_ROUNDS, MAX_STOP_TOKEN_IDS, Request, ReuseReport, SegmentInfo,
+    SpanOutcome,
+};
 pub use config::{CoreConfig, PolicyKind};
 pub use error::CoreError;
 pub use ids::{BlockId, Label, Lookup, TenantId, Token};

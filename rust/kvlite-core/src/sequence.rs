@@ -5,6 +5,8 @@
 //! samples in flight; blocks[..tree_len] are in the tree and pinned through their last one, the rest is private.
 //! Used by `core` alone.
 
+use crate::blend::Blend;
+use crate::cache::SegmentId;
 use crate::ids::{BlockId, Label, TenantId, Token};
 
 /// The policy's number, then the arrival, which makes it unique; smaller is sooner.
@@ -37,6 +39,7 @@ impl FinishReason {
 /// Where a sequence is in its life.
 ///
 /// ```text
+///   Outside <-> Waiting                           Outside: waits for segments, not in the queue; -> Vacant as Waiting
 ///   Waiting -> Running -> Ending -> Vacant        Waiting -> Vacant  (ended before it held anything)
 ///      ^  \       |  ^       ^
 ///      |   Forked-+--'       |       Forked: holds a row, waits for choice 0 to compute the prompt
@@ -46,6 +49,7 @@ impl FinishReason {
 pub(crate) enum Status {
     Vacant,
     Waiting,
+    Outside,
     Forked,
     Running,
     Preempting,
@@ -54,11 +58,12 @@ pub(crate) enum Status {
 
 impl Status {
     fn may_become(self, next: Status) -> bool {
-        use Status::{Ending, Forked, Preempting, Running, Vacant, Waiting};
+        use Status::{Ending, Forked, Outside, Preempting, Running, Vacant, Waiting};
         matches!(
             (self, next),
             (Vacant, Waiting | Forked)
-                | (Waiting, Running | Vacant)
+                | (Waiting, Running | Outside | Vacant)
+                | (Outside, Waiting | Vacant)
                 | (Forked, Running | Waiting | Ending)
                 | (Running, Preempting | Waiting | Ending)
                 | (Preempting, Waiting | Ending)
@@ -68,7 +73,7 @@ impl Status {
 
     /// Whether the sequence holds a row.
     pub fn holds_row(self) -> bool {
-        !matches!(self, Status::Vacant | Status::Waiting)
+        !matches!(self, Status::Vacant | Status::Waiting | Status::Outside)
     }
 }
 
@@ -128,6 +133,10 @@ pub(crate) struct Sequence {
     pub preemptions: u32,
     /// Steps it was held back for a neighbour that computes the same prefix; bounded by `HOLD_LIMIT_STEPS`.
     pub held_steps: u32,
+    /// What it reuses from segments, if it asked for that.
+    pub blend: Option<Box<Blend>>,
+    /// The segment that this sequence computes; no request of a client's then: it draws and publishes nothing.
+    pub makes: Option<SegmentId>,
 }
 
 impl Sequence {
@@ -160,6 +169,8 @@ impl Sequence {
             logprobs_len: 0,
             preemptions: 0,
             held_steps: 0,
+            blend: None,
+            makes: None,
         }
     }
 
@@ -176,6 +187,7 @@ impl Sequence {
         let mut fork = Sequence::new(parent.request, choice, parent.label, parent.rank, prompt, parent.end_len);
         fork.stop_mask = parent.stop_mask;
         fork.status = Status::Forked;
+        fork.blend = parent.blend.as_ref().map(|blend| Box::new(blend.fork()));
         fork
     }
 
@@ -189,6 +201,12 @@ impl Sequence {
     pub fn become_(&mut self, next: Status) {
         assert!(self.status.may_become(next), "a sequence never goes from {:?} to {next:?}", self.status);
         self.status = next;
+    }
+
+    /// Who asked.
+    #[inline]
+    pub fn tenant(&self) -> TenantId {
+        TenantId(self.label.number())
     }
 
     /// Output tokens known.
@@ -207,6 +225,23 @@ impl Sequence {
     #[inline]
     pub fn schedulable(&self) -> u32 {
         if self.total_len() < self.end_len { self.total_len() - self.scheduled_len } else { 0 }
+    }
+
+    /// Whether it still places, scores or repairs reused rows: its rows are listed, not a range.
+    #[inline]
+    pub fn is_blending(&self) -> bool {
+        self.blend.as_ref().is_some_and(|blend| blend.is_active())
+    }
+
+    /// Tokens from position 0 that no blend touches.
+    pub fn exact_len(&self) -> usize {
+        let first = self.blend.as_ref().and_then(|blend| blend.rule.spans.first());
+        first.map_or(usize::MAX, |&(start, _)| start as usize)
+    }
+
+    /// The slot of `position` in its own blocks.
+    pub fn slot_at(&self, position: u32, block_size: u32) -> u32 {
+        self.blocks[(position / block_size) as usize].index * block_size + position % block_size
     }
 
     /// Whether its known tokens are still being computed for the first time since admission.
@@ -231,5 +266,8 @@ impl Sequence {
         self.table_len = 0;
         self.prefill_until = 0;
         self.held_steps = 0;
+        if let Some(blend) = &mut self.blend {
+            blend.leave();
+        }
     }
 }

@@ -38,6 +38,7 @@ fn request(prompt: &[i32], n: u32) -> Request<'_> {
         tenant: 0,
         use_cache: true,
         prompt_logprobs: false,
+        blend: None,
     }
 }
 

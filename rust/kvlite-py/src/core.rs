@@ -155,6 +155,7 @@ impl Core {
                 tenant,
                 use_cache,
                 prompt_logprobs,
+                blend: None,
             };
             state.core.add(&request, now_ms)
         })

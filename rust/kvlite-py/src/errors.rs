@@ -61,7 +61,7 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
 /// A core's refusal, by blame.
 pub fn from_core(error: &CoreError) -> PyErr {
     let param = match error {
-        CoreError::QueueFull { .. } => return CapacityError::new_err(error.to_string()),
+        CoreError::QueueFull { .. } | CoreError::Pinned { .. } => return CapacityError::new_err(error.to_string()),
         CoreError::Config { field, .. } => field,
         CoreError::Watermark { .. } => "watermark_ratio",
         CoreError::SegmentCache { .. } => "segment_cache_ratio",
@@ -72,6 +72,14 @@ pub fn from_core(error: &CoreError) -> PyErr {
         CoreError::MinTokens { .. } => "min_tokens",
         CoreError::StopIds { .. } => "stop_token_ids",
         CoreError::Tenant { .. } => "tenant",
+        CoreError::TooManySpans { .. } | CoreError::Span { .. } => "spans",
+        CoreError::Share { field: "ratio", .. } => "ratio",
+        CoreError::Share { .. } | CoreError::Rounds { .. } => "rounds",
+        CoreError::Method { .. } => "method_id",
+        CoreError::Scores { .. } => "scores",
+        CoreError::DecodeRows { .. } => "decode_rows",
+        CoreError::BlendedLogprobs => "blend",
+        CoreError::SegmentTooLong { .. } => "ids",
         CoreError::ArenaLength { .. } => "arenas",
         CoreError::ArenaIndex { .. } | CoreError::PlanOutstanding { .. } => "arena_idx",
     };

@@ -2,10 +2,12 @@
 //!
 //! Last of the two walls (the first is Python's ValidatedRequest): ids, lengths, counts and the pool are checked again.
 
-use super::{Core, RequestState};
+use super::makers::Maker;
+use super::{BlendRequest, Core, NO_HANDLE, RequestState};
+use crate::blend::Blend;
 use crate::error::CoreError;
 use crate::ids::{Label, TenantId, Token};
-use crate::sequence::{Sequence, stop_bit};
+use crate::sequence::{Sequence, Status, stop_bit};
 
 /// Stop token ids that one request may name.
 pub const MAX_STOP_TOKEN_IDS: usize = 64;
@@ -33,6 +35,8 @@ pub struct Request<'a> {
     pub use_cache: bool,
     /// Every prompt position is computed and asked for its log-probability; implies no hit.
     pub prompt_logprobs: bool,
+    /// Spans of the prompt to take from segments; none: an exact request.
+    pub blend: Option<BlendRequest<'a>>,
 }
 
 impl Core {
@@ -43,42 +47,63 @@ impl Core {
     /// blocks(prompt + max_tokens - 1) is what has to be in the pool. O(prompt).
     pub fn add(&mut self, request: &Request<'_>, now_ms: i64) -> Result<i32, CoreError> {
         self.check(request)?;
-        let handle = self.take_handle();
-        let arrival = self.next_arrival;
-        self.next_arrival += 1;
-        let rank = (self.policy.rank(arrival, request.priority), arrival);
+        let arrival = self.take_arrival();
+        let rank = (self.policy.rank(arrival, request.priority), self.take_serial());
+        let end_len = request.prompt.len() as u32 + request.max_tokens;
+        let label = Label::exact(TenantId(request.tenant));
+        let mut seq = Sequence::new(0, 0, label, rank, request.prompt, end_len);
+        seq.stop_mask = request.stop_token_ids.iter().fold(0, |mask, &id| mask | stop_bit(id));
+        seq.blend = request.blend.as_ref().map(|blend| Box::new(Blend::new(blend.rule())));
+        let state = RequestState {
+            stop_token_ids: request.stop_token_ids.into(),
+            min_tokens: request.min_tokens,
+            use_cache: request.use_cache && !request.prompt_logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+            ..RequestState::new(request.n)
+        };
+        let (handle, slot) = self.enlist(seq, state, request.deadline_ms, now_ms);
+        // Sends for missing segments at once: they are made while others run.
+        if self.seq(slot).blend.is_none() || self.prepare(slot).is_some() {
+            self.waiting.insert((rank, 0, slot));
+        }
+        Ok(handle)
+    }
+
+    /// Stores a request and its first sequence, not yet queued; returns handle and slot. The core's own get no handle.
+    pub(super) fn enlist(
+        &mut self,
+        mut seq: Sequence,
+        mut state: RequestState,
+        deadline_ms: Option<i64>,
+        now_ms: i64,
+    ) -> (i32, u32) {
         let index = self.free_requests.pop().unwrap_or_else(|| {
             self.requests.push(None);
             self.requests.len() as u32 - 1
         });
-        let end_len = request.prompt.len() as u32 + request.max_tokens;
-        let label = Label::exact(TenantId(request.tenant));
-        let mut seq = Sequence::new(index, 0, label, rank, request.prompt, end_len);
-        seq.stop_mask = request.stop_token_ids.iter().fold(0, |mask, &id| mask | stop_bit(id));
+        seq.request = index;
         let slot = self.place(seq);
-        let mut choices = Vec::with_capacity(request.n as usize);
-        choices.push(slot);
-        self.requests[index as usize] = Some(RequestState {
-            handle,
-            num_choices: request.n,
-            choices,
-            num_unfinished: request.n,
-            num_present: 1,
-            announced: false,
-            stop_token_ids: request.stop_token_ids.into(),
-            min_tokens: request.min_tokens,
-            deadline_ms: request.deadline_ms,
-            use_cache: request.use_cache && !request.prompt_logprobs,
-            prompt_logprobs: request.prompt_logprobs,
-        });
-        if let Some(deadline) = request.deadline_ms {
-            self.deadlines.insert((deadline.max(now_ms), index));
-            self.request_mut(index).deadline_ms = Some(deadline.max(now_ms));
+        state.choices.push(slot);
+        if state.handle != NO_HANDLE {
+            state.handle = self.take_handle();
+            state.deadline_ms = deadline_ms.map(|deadline| deadline.max(now_ms));
+            self.deadlines.extend(state.deadline_ms.map(|deadline| (deadline, index)));
+            self.by_handle.insert(state.handle, index);
+            self.stats.requests_total += 1;
         }
-        self.by_handle.insert(handle, index);
-        self.waiting.insert((rank, 0, slot));
-        self.stats.requests_total += 1;
-        Ok(handle)
+        let handle = state.handle;
+        self.requests[index as usize] = Some(state);
+        (handle, slot)
+    }
+
+    pub(super) fn take_arrival(&mut self) -> u64 {
+        self.next_arrival += 1;
+        self.next_arrival - 1
+    }
+
+    pub(super) fn take_serial(&mut self) -> u64 {
+        self.next_serial += 1;
+        self.next_serial - 1
     }
 
     fn check(&self, request: &Request<'_>) -> Result<(), CoreError> {
@@ -108,25 +133,45 @@ impl Core {
         if count > MAX_STOP_TOKEN_IDS {
             return Err(CoreError::StopIds { count, max: MAX_STOP_TOKEN_IDS });
         }
-        if request.tenant >= 1 << 31 {
-            return Err(CoreError::Tenant { tenant: request.tenant });
-        }
-        let vocab_size = config.vocab_size;
-        let outside = |&token: &Token| u32::try_from(token).map_or(true, |id| id >= vocab_size);
-        if let Some(index) = request.prompt.iter().position(outside) {
-            return Err(CoreError::OutsideVocabulary { index, token: request.prompt[index], vocab_size });
+        self.check_tokens(request.prompt, request.tenant)?;
+        if let Some(blend) = &request.blend {
+            blend.check(prompt_len, config)?;
+            if request.prompt_logprobs {
+                return Err(CoreError::BlendedLogprobs);
+            }
         }
         let needed = (prompt_len as u32 + max_tokens - 1).div_ceil(config.block_size);
         if needed > config.num_blocks {
             return Err(CoreError::NeverFits { needed, total: config.num_blocks });
         }
+        let pinned = self.cache.pinned_blocks() as u32;
+        if needed + pinned > config.num_blocks {
+            return Err(CoreError::Pinned { needed, total: config.num_blocks, pinned });
+        }
         self.check_queue()
     }
 
-    /// Ends that nobody has read yet count too: a caller that adds and aborts without a step stays bounded.
-    fn check_queue(&self) -> Result<(), CoreError> {
+    pub(super) fn check_tokens(&self, tokens: &[Token], tenant: u32) -> Result<(), CoreError> {
+        if tokens.is_empty() {
+            return Err(CoreError::EmptyPrompt);
+        }
+        if tenant >= 1 << 31 {
+            return Err(CoreError::Tenant { tenant });
+        }
+        let vocab_size = self.config.vocab_size;
+        let outside = |&token: &Token| u32::try_from(token).map_or(true, |id| id >= vocab_size);
+        match tokens.iter().position(outside) {
+            Some(index) => Err(CoreError::OutsideVocabulary { index, token: tokens[index], vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends that nobody has read yet count too: a caller that adds and aborts without a step stays bounded. Makers
+    /// do not count: each belongs to somebody who waits.
+    pub(super) fn check_queue(&self) -> Result<(), CoreError> {
         let max = self.config.max_num_waiting as usize;
-        let waiting = self.waiting.len();
+        let waits = |maker: &&Maker| self.seq(maker.slot).status() == Status::Waiting;
+        let waiting = self.waiting.len() + self.num_outside - self.makers.values().filter(waits).count();
         let unread = self.out_finished.len();
         if waiting >= max || waiting + unread >= max + self.config.max_num_seqs as usize {
             return Err(CoreError::QueueFull { waiting: waiting + unread, max });
@@ -198,6 +243,7 @@ mod tests {
             tenant: 0,
             use_cache: true,
             prompt_logprobs: false,
+            blend: None,
         };
         assert_eq!(core.add(&request, 0), Ok(0));
         core.next_handle = i32::MAX;

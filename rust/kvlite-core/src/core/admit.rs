@@ -4,8 +4,8 @@
 //! Called by `Core::schedule` with what is left of the budget.
 
 use super::{Core, Hold, PlanRecord};
-use crate::cache::PartialHit;
-use crate::ids::Lookup;
+use crate::cache::{PartialHit, SegmentId};
+use crate::ids::{BlockId, Lookup};
 use crate::plan::{Cause, PlanWriter, Region};
 use crate::sched::{Budget, Demand, HOLD_LIMIT_STEPS, everyone_can_finish, reserve_of};
 use crate::sequence::{Sequence, Status};
@@ -27,6 +27,7 @@ impl Core {
         record: &mut PlanRecord,
         budget: &mut Budget,
     ) -> bool {
+        let makes = self.seq(slot).makes;
         let state = self.request(self.seq(slot).request);
         let num_rows = if state.announced { 1 } else { state.num_choices as usize };
         let is_alone = self.running.is_empty();
@@ -41,7 +42,9 @@ impl Core {
             self.keep_prefix_warm(slot);
             return false;
         }
-        let mut partial = self.find_prefix(slot);
+        let is_blend = self.seq(slot).blend.is_some();
+        let found = if is_blend { self.prepare(slot) } else { Some((self.find_prefix(slot), None)) };
+        let Some((mut partial, recipe)) = found else { return true };
         if self.waits_for_neighbour(slot) {
             self.seq_mut(slot).held_steps += 1;
             return false;
@@ -49,34 +52,74 @@ impl Core {
         let known = self.seq(slot).tokens.len() as u32;
         let num_hits = self.scratch_hits.len() as u32;
         let cached = num_hits * self.config.block_size + partial.map_or(0, |hit| hit.len);
-        if budget.chunk_len(cached, known - cached, budget.is_untouched()) == 0 {
+        let is_paid = budget.chunk_len(cached, known - cached, budget.is_untouched()) > 0;
+        if !is_paid || (is_blend && !self.may_begin_blend(slot, plan, *budget)) {
             return false;
         }
         let cursor = self.scratch_hits.last().copied();
         for block in cursor.into_iter().chain(partial.map(|hit| hit.block)) {
             self.cache.pin(block);
         }
+        self.use_segments(slot);
         let wanted = (known.div_ceil(self.config.block_size) - num_hits) as usize;
         let mut fresh = std::mem::take(&mut self.scratch_blocks);
-        let mut fits = (is_alone || self.has_room(slot, num_rows)) && self.cache.alloc(wanted, cursor, &mut fresh);
+        let mut fits = (is_alone || self.has_room(slot, num_rows)) && self.reserve(makes, wanted, cursor, &mut fresh);
         if !fits
             && is_alone
+            && makes.is_none()
             && let Some(hit) = partial.take()
         {
             self.cache.unpin(hit.block); // Alone in a full pool, the source of the copy may be the block that is missing.
             fits = self.cache.alloc(wanted, cursor, &mut fresh);
         }
         if fits {
-            self.take_in(slot, &mut fresh, partial, plan, record);
-            self.schedule_chunk(slot, plan, record, budget, partial.is_some());
+            self.take_in(slot, &mut fresh, partial, recipe, plan, record);
+            if self.seq(slot).is_blending() {
+                self.schedule_blend(slot, plan, record, budget, partial.is_some());
+            } else {
+                self.schedule_chunk(slot, plan, record, budget, partial.is_some());
+            }
         } else {
+            self.release_segments(slot);
             for block in partial.map(|hit| hit.block).into_iter().chain(cursor) {
                 self.cache.unpin(block);
             }
             self.refused = Some((slot, self.room_epoch));
         }
         self.scratch_blocks = fresh;
+        fits || (is_alone && self.ask_for_less(slot))
+    }
+
+    /// Blocks for an admission; a maker's segment gets its own beside them, or neither gets any.
+    fn reserve(
+        &mut self,
+        makes: Option<SegmentId>,
+        wanted: usize,
+        cursor: Option<BlockId>,
+        fresh: &mut Vec<BlockId>,
+    ) -> bool {
+        if makes.is_some_and(|id| !self.cache.fill_segment(id)) {
+            return false;
+        }
+        let fits = self.cache.alloc(wanted, cursor, fresh);
+        if let Some(id) = makes.filter(|_| !fits) {
+            self.cache.empty_segment(id);
+        }
         fits
+    }
+
+    /// What does not fit even alone: a maker is given up, a blend computes as new text what it would have read. False:
+    /// neither helps.
+    fn ask_for_less(&mut self, slot: u32) -> bool {
+        let seq = self.seq(slot);
+        if seq.makes.is_some() {
+            self.give_up_maker(slot);
+            return true;
+        }
+        let Some(blend) = seq.blend.as_ref().filter(|blend| !blend.reused.is_empty()) else { return false };
+        let spans: Vec<usize> = blend.reused.iter().map(|range| blend.rule.span_of(range.start)).collect();
+        self.make_holes(slot, spans);
+        true
     }
 
     /// Makes what the head of the queue will hit the last to be evicted; at most once per change of room.
@@ -115,8 +158,8 @@ impl Core {
         let block_size = self.config.block_size as usize;
         self.running.iter().map(|&slot| self.seq(slot)).any(|other| {
             let is_computing = other.status() == Status::Running && other.in_prefill();
-            is_computing && other.label == seq.label && {
-                let theirs = &other.tokens[..other.prefill_until as usize];
+            is_computing && other.makes.is_none() && other.label == seq.label && {
+                let theirs = &other.tokens[..(other.prefill_until as usize).min(other.exact_len())];
                 let common = own.iter().zip(theirs).take_while(|(a, b)| a == b).count();
                 common / block_size > self.scratch_hits.len()
             }
@@ -142,15 +185,16 @@ impl Core {
                 _ => continue,
             };
             promised += soon(seq).saturating_sub(has);
-            let held = if is_own { has - u64::from(seq.hit_len) } else { 0 };
+            let held = if is_own { has - u64::from(seq.hit_len) + self.made_blocks(seq) } else { 0 };
             demands.push(Demand { remaining: blocks(seq.end_len - 1).saturating_sub(has), held });
         }
         let seq = self.seq(slot);
         let hits = self.scratch_hits.len() as u64;
-        let now = blocks(seq.tokens.len() as u32) - hits;
+        let own = blocks(seq.tokens.len() as u32) - hits;
+        let now = own + self.made_blocks(seq);
         let (end, shared) = (blocks(seq.end_len - 1), u64::from(seq.prompt_len / block_size));
-        promised += soon(seq) - hits + (num_rows as u64 - 1) * (soon(seq) - shared);
-        demands.push(Demand { remaining: end - hits - now, held: now });
+        promised += soon(seq) - hits + self.made_blocks(seq) + (num_rows as u64 - 1) * (soon(seq) - shared);
+        demands.push(Demand { remaining: end - hits - own, held: now });
         demands.extend((1..num_rows).map(|_| Demand { remaining: end - shared, held: 0 }));
 
         let available = self.cache.available() as u64;
@@ -161,12 +205,18 @@ impl Core {
         fits
     }
 
+    /// Blocks of the segment that a maker fills: evictable once it is done.
+    fn made_blocks(&self, seq: &Sequence) -> u64 {
+        seq.makes.map_or(0, |id| self.segment_blocks(self.cache.segment(id).len as usize).into())
+    }
+
     /// Moves a waiting sequence to a row, with its hits and fresh blocks; on first admission its further choices too.
     fn take_in(
         &mut self,
         slot: u32,
-        fresh: &mut Vec<crate::ids::BlockId>,
+        fresh: &mut Vec<BlockId>,
         partial: Option<PartialHit>,
+        recipe: Option<u32>,
         plan: &mut PlanWriter<'_>,
         record: &mut PlanRecord,
     ) {
@@ -190,13 +240,17 @@ impl Core {
         }
         seq.blocks.append(fresh);
         let cached_len = seq.scheduled_len.min(seq.prompt_len);
-        let (request, choice, prompt_len) = (seq.request, seq.choice, seq.prompt_len);
+        let (request, choice, prompt_len, is_maker) = (seq.request, seq.choice, seq.prompt_len, seq.makes.is_some());
         let state = self.request_mut(request);
         let (handle, is_first) = (state.handle, !state.announced);
         state.announced = true;
         let cause = if is_first { Cause::New } else { Cause::Resumed };
-        plan.admitted(handle, choice, row, cause, cached_len);
         self.enter_running(slot);
+        if is_maker {
+            return;
+        }
+        plan.admitted(handle, choice, row, cause, cached_len);
+        self.begin_blend(slot, recipe, is_first);
         if is_first {
             self.stats.prompt_tokens_total += u64::from(prompt_len);
             self.stats.prefix_hit_tokens_total += u64::from(cached_len);

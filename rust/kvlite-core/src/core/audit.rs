@@ -1,7 +1,9 @@
 //! The invariants of ARCHITECTURE.md that the core can check, each as a sentence. O(everything); for tests and debugging.
 
-use super::{Core, Hold};
-use crate::cache::BlockState;
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Core, Hold, NO_HANDLE};
+use crate::cache::{BlockState, SegmentId, SegmentState};
 use crate::ids::{BlockId, Label};
 use crate::sequence::{Sequence, Status};
 
@@ -16,6 +18,55 @@ impl Core {
         self.audit_plans();
         self.audit_blocks();
         self.audit_requests();
+        self.audit_reuse();
+    }
+
+    /// Makers, waiters, users of segments and holders of recipes all agree.
+    fn audit_reuse(&self) {
+        let mut making = 0;
+        let mut holders = BTreeMap::new();
+        let mut users = BTreeMap::new();
+        for (slot, seq) in self.seqs.iter().enumerate() {
+            let slot = slot as u32;
+            if let Some(id) = seq.makes.filter(|id| self.makers.get(id).is_some_and(|maker| maker.slot == slot)) {
+                making += 1;
+                let state = self.cache.segment(id).state;
+                let has_blocks = seq.status().holds_row();
+                let expected = if has_blocks { SegmentState::Making } else { SegmentState::Wanted };
+                assert_eq!(state, expected, "{id:?} and its maker in slot {slot} are equally far");
+            }
+            let Some(blend) = &seq.blend else { continue };
+            for id in &blend.waits {
+                let maker = self.makers.get(id);
+                assert!(
+                    maker.is_some_and(|maker| maker.waiters.contains(&slot)),
+                    "slot {slot} waits for {id:?}'s maker"
+                );
+            }
+            assert_eq!(!blend.waits.is_empty(), seq.status() == Status::Outside, "slot {slot}: who waits is outside");
+            blend.recipe.iter().for_each(|&number| *holders.entry(number).or_insert(0) += 1);
+            if blend.uses_segments {
+                assert!(seq.status().holds_row(), "slot {slot} uses segments without a row");
+                blend.reused.iter().for_each(|range| *users.entry(range.segment).or_insert(0) += 1);
+            }
+        }
+        assert_eq!(making, self.makers.len(), "every maker has its sequence");
+        for (id, maker) in &self.makers {
+            assert!(self.cache.segment(*id).state != SegmentState::Ready, "{id:?} is ready and has a maker");
+            let waits = |&slot: &u32| self.seqs[slot as usize].blend.as_ref().is_some_and(|b| b.waits.contains(id));
+            assert!(maker.waiters.iter().all(waits), "{id:?}: who is listed as waiting does wait");
+            let is_needed = !maker.waiters.is_empty() || self.cache.segment(*id).pinned;
+            let is_ending = self.seq(maker.slot).status() == Status::Ending;
+            assert!(is_needed || is_ending, "{id:?} is made for nobody");
+        }
+        for (id, count) in users {
+            assert_eq!(self.cache.segment(id).users, count, "{id:?}: sequences that place it");
+        }
+        for (number, recipe) in self.recipes.iter() {
+            let count = holders.remove(&number).unwrap_or(0);
+            assert_eq!(recipe.holders, count, "recipe {number}: sequences that go by it");
+        }
+        assert!(holders.is_empty(), "sequences hold recipes that are gone: {holders:?}");
     }
 
     fn audit_lists(&self) {
@@ -31,6 +82,8 @@ impl Core {
         assert_eq!(self.seqs.iter().filter(is_leaving).count(), self.num_leaving, "leaving sequences are counted");
         let num_waiting = self.seqs.iter().filter(|seq| seq.status() == Status::Waiting).count();
         assert_eq!(num_waiting, self.waiting.len(), "whoever waits is in the queue");
+        let num_outside = self.seqs.iter().filter(|seq| seq.status() == Status::Outside).count();
+        assert_eq!(num_outside, self.num_outside, "whoever waits for segments is counted");
         // Requests, not sequences: choices that were preempted after their fork wait each on its own.
         let limit = (self.config.max_num_waiting + self.config.max_num_seqs) as usize;
         let live = self.by_handle.len();
@@ -53,11 +106,12 @@ impl Core {
         assert!(seq.tree_len * block_size <= seq.committed_len, "slot {slot}: published before its KV was written");
         assert!(seq.table_len <= seq.blocks.len() as u32, "slot {slot}: the device's table names blocks it never had");
         let path = &seq.blocks[..seq.tree_len as usize];
-        for &block in path {
-            let label = self.cache.label(block);
+        for (at, &block) in path.iter().enumerate() {
+            let label = self.cache.label(block).expect("a path lies in the tree");
+            let expected = self.label_of(seq, at).unwrap_or(seq.label);
             assert!(
-                label.is_some_and(|label| label == seq.label || label == Label::PUBLIC),
-                "{block:?} of {label:?}: a tenant's exact requests read its own and public exact KV"
+                label == expected || (expected.is_exact() && label == Label::PUBLIC),
+                "{block:?} is {label:?}, slot {slot} reads {expected:?}: exact KV of its own or public, else one recipe's"
             );
             assert_eq!(self.cache.state(block), BlockState::Owned, "{block:?} is in use and must not be evictable");
         }
@@ -106,9 +160,14 @@ impl Core {
         }
         let counts = self.cache.counts();
         let used = owners.iter().filter(|&&count| count > 0).count() + in_tree.iter().filter(|&&used| used).count();
+        let blends = self.seqs.iter().filter_map(|seq| seq.blend.as_ref()).filter(|blend| blend.uses_segments);
+        let placed = blends.flat_map(|blend| blend.reused.iter().map(|range| range.segment));
+        let in_use: BTreeSet<SegmentId> = placed.chain(self.makers.keys().copied()).collect();
+        let used = used + in_use.iter().map(|&id| self.cache.segment(id).blocks.len()).sum::<usize>();
+        let most = used + self.cache.pinned_blocks();
         assert!(
-            counts.owned == used || (tree_holds > 0 && counts.owned > used),
-            "{} blocks are owned, sequences and plans account for {used}: the difference has leaked",
+            counts.owned >= used && (tree_holds > 0 || counts.owned <= most),
+            "{} blocks are owned, sequences, plans and segments account for {used} to {most}: the difference has leaked",
             counts.owned
         );
         let total = counts.free + counts.cached + counts.owned + counts.in_transfer;
@@ -117,11 +176,16 @@ impl Core {
 
     fn audit_requests(&self) {
         let alive = self.requests.iter().flatten().count();
-        assert_eq!(alive, self.by_handle.len(), "every request has one handle");
+        let own = self.requests.iter().flatten().filter(|state| state.handle == NO_HANDLE).count();
+        assert_eq!(alive, self.by_handle.len() + own, "every request of a client has one handle");
         let mut with_deadline = 0;
         for (index, state) in self.requests.iter().enumerate() {
             let Some(state) = state else { continue };
-            assert_eq!(self.by_handle.get(&state.handle), Some(&(index as u32)), "handles find their requests");
+            let known = self.by_handle.get(&state.handle);
+            assert!(
+                known == Some(&(index as u32)) || (known, state.handle) == (None, NO_HANDLE),
+                "handles find their requests"
+            );
             let mine = |seq: &&Sequence| seq.request == index as u32;
             let present = self.seqs.iter().filter(mine).count();
             assert_eq!(present, state.num_present as usize, "request {index}: sequences that exist");

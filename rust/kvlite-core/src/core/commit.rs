@@ -3,6 +3,7 @@
 //! A failed plan, or a row below 0, ends the requests concerned and publishes nothing of them. Called by `Core::step`.
 
 use super::{Core, Hold, PlanEntry};
+use crate::blend::Stage;
 use crate::cache::Inserted;
 use crate::ids::{BlockId, Token};
 use crate::plan::Region;
@@ -24,13 +25,13 @@ impl Core {
         let sampled = &arena[self.layout.offset(Region::Sampled)..];
         for entry in record.entries.drain(..) {
             let samples = &sampled[entry.first_sample as usize..][..entry.num_samples as usize];
-            self.commit_entry(entry, samples, failed);
+            self.commit_entry(entry, samples, &arena[self.layout.offset(Region::Scored)..], failed);
         }
         record.number = 0;
         self.records[idx] = record;
     }
 
-    fn commit_entry(&mut self, entry: PlanEntry, samples: &[i32], failed: bool) {
+    fn commit_entry(&mut self, entry: PlanEntry, samples: &[i32], scored: &[i32], failed: bool) {
         let slot = entry.slot;
         let seq = &mut self.seqs[slot as usize];
         seq.outstanding -= 1;
@@ -51,7 +52,14 @@ impl Core {
         } else {
             seq.committed_len = entry.len_after;
             seq.logprobs_len = seq.logprobs_len.max(entry.len_after.min(seq.prompt_len - 1));
+            if seq.blend.is_some() {
+                self.commit_blend(entry, scored);
+            }
             self.publish(slot);
+        }
+        let seq = self.seq(slot);
+        if let Some(id) = seq.makes.filter(|_| seq.committed_len as usize == seq.tokens.len()) {
+            self.finish_maker(slot, id);
         }
         if entry.draws {
             self.append(slot, samples[samples.len() - 1]);
@@ -85,7 +93,7 @@ impl Core {
         let block_size = self.config.block_size as usize;
         let seq = &self.seqs[slot as usize];
         let is_short = (seq.committed_len as usize) < (seq.tree_len as usize + 1) * block_size;
-        if is_short || !self.config.enable_prefix_caching {
+        if is_short || !self.config.enable_prefix_caching || seq.makes.is_some() {
             return;
         }
         let full = seq.committed_len as usize / block_size;
@@ -97,7 +105,8 @@ impl Core {
             }
             let parent = at.checked_sub(1).map(|above| seq.blocks[above]);
             let tokens = &seq.tokens[at * block_size..][..block_size];
-            let inserted = self.cache.insert(seq.label, parent, tokens, block);
+            let Some(label) = self.label_of(seq, at) else { return };
+            let inserted = self.cache.insert(label, parent, tokens, block);
             if let Some(parent) = parent {
                 self.cache.unpin(parent); // The child protects it now.
             }
@@ -135,6 +144,11 @@ impl Core {
         let prompt_len = fork.prompt_len;
         let full = (prompt_len / block_size) as usize;
         fork.become_(Status::Running);
+        if let (Some(theirs), Some(blend)) = (&parent.blend, &mut fork.blend) {
+            blend.stage = Stage::Done;
+            blend.recipe = theirs.recipe;
+            theirs.recipe.iter().for_each(|&recipe| self.recipes.hold(recipe));
+        }
         fork.blocks.extend_from_slice(&parent.blocks[..full]);
         fork.tree_len = parent.tree_len.min(full as u32);
         fork.hit_len = full as u32;

@@ -2,7 +2,7 @@
 //!
 //! `end` decides that a choice is over and reports it exactly once; `sweep` gives back what nobody names any more.
 
-use super::{Core, NO_SLOT};
+use super::{Core, NO_HANDLE, NO_SLOT};
 use crate::sequence::{FinishReason, Sequence, Status};
 
 impl Core {
@@ -64,6 +64,7 @@ impl Core {
             Status::Waiting => {
                 self.waiting.remove(&(seq.rank, choice, slot));
             }
+            Status::Outside => self.stop_waiting(slot),
             Status::Running | Status::Forked => {
                 seq.become_(Status::Ending);
                 self.num_leaving += 1;
@@ -77,9 +78,12 @@ impl Core {
         if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, request));
         }
-        self.out_finished.push([handle, choice, reason as i32]);
-        self.stats.finished_total[reason as usize] += u64::from(ended);
-        if status == Status::Waiting {
+        if handle != NO_HANDLE {
+            self.out_finished.push([handle, choice, reason as i32]);
+            self.stats.finished_total[reason as usize] += u64::from(ended);
+        }
+        if matches!(status, Status::Waiting | Status::Outside) {
+            self.abandon_maker(slot);
             self.vacate(slot);
         }
         true
@@ -99,6 +103,7 @@ impl Core {
             match seq.status() {
                 Status::Ending => {
                     self.give_back(slot);
+                    self.abandon_maker(slot);
                     self.vacate(slot);
                 }
                 Status::Preempting => self.park(slot),
@@ -118,6 +123,9 @@ impl Core {
     /// Back into the queue at the old rank: what is in the tree stays there as cached, the rest is freed.
     pub(super) fn park(&mut self, slot: u32) {
         self.give_back(slot);
+        if let Some(id) = self.seq(slot).makes {
+            self.cache.empty_segment(id);
+        }
         self.requeue(slot);
         self.seq_mut(slot).preemptions += 1;
     }
@@ -131,6 +139,7 @@ impl Core {
 
     /// Returns row and blocks. Choices that waited for this one's prompt go back to the queue, each on its own.
     fn give_back(&mut self, slot: u32) {
+        self.release_segments(slot);
         let seq = &mut self.seqs[slot as usize];
         let (request, choice, tree_len) = (seq.request, seq.choice, seq.tree_len as usize);
         let mut blocks = std::mem::take(&mut seq.blocks);
@@ -162,6 +171,9 @@ impl Core {
         let seq = &mut self.seqs[slot as usize];
         seq.become_(Status::Vacant);
         let (request, choice) = (seq.request, seq.choice as usize);
+        if let Some(recipe) = seq.blend.as_ref().and_then(|blend| blend.recipe) {
+            self.recipes.release(recipe, &self.cache);
+        }
         // Swapped for an empty one, so that a vacant slot keeps no prompt alive.
         *seq = Sequence::vacant();
         self.free_slots.push(slot);
@@ -170,7 +182,9 @@ impl Core {
         state.num_present -= 1;
         if state.num_present == 0 {
             let handle = state.handle;
-            self.by_handle.remove(&handle);
+            if handle != NO_HANDLE {
+                self.by_handle.remove(&handle);
+            }
             self.requests[request as usize] = None;
             self.free_requests.push(request);
         }

@@ -7,8 +7,12 @@
 mod add;
 mod admit;
 mod audit;
+mod blending;
 mod commit;
 mod end;
+mod makers;
+mod recipes;
+mod reuse;
 mod schedule;
 mod stats;
 
@@ -17,7 +21,7 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, SegmentId};
 use crate::config::CoreConfig;
 use crate::error::CoreError;
 use crate::ids::{BlockId, Token};
@@ -25,12 +29,17 @@ use crate::plan::{Header, Layout, PlanWriter, Region};
 use crate::sched::Demand;
 use crate::sched::policy::{Policy, policy};
 use crate::sequence::{Rank, Sequence};
+use makers::Maker;
+use recipes::Recipes;
 
 pub use add::{MAX_STOP_TOKEN_IDS, Request};
+pub use reuse::{BlendRequest, MAX_DECODE_ROWS, MAX_ROUNDS, ReuseReport, SegmentInfo, SpanOutcome};
 pub use stats::CoreStats;
 
 /// In `RequestState::choices`: this choice's sequence is gone.
 const NO_SLOT: u32 = u32::MAX;
+/// The handle of the core's own requests, which no caller ever hears of.
+const NO_HANDLE: i32 = -1;
 
 /// One request while any of its choices lives.
 #[derive(Debug)]
@@ -50,6 +59,33 @@ struct RequestState {
     deadline_ms: Option<i64>,
     use_cache: bool,
     prompt_logprobs: bool,
+    /// Ends when its segment is ready, and whether that is to be pinned.
+    precomputes: bool,
+    pins: bool,
+    /// Where the tokens of a blended prompt came from, from admission on.
+    reuse: Option<Box<ReuseReport>>,
+}
+
+impl RequestState {
+    /// Of a request with `num_choices` that asks for nothing special; it has no sequence yet.
+    fn new(num_choices: u32) -> RequestState {
+        RequestState {
+            handle: 0,
+            num_choices,
+            choices: Vec::with_capacity(num_choices as usize),
+            num_unfinished: num_choices,
+            num_present: 1,
+            announced: false,
+            stop_token_ids: [].into(),
+            min_tokens: 0,
+            deadline_ms: None,
+            use_cache: false,
+            prompt_logprobs: false,
+            precomputes: false,
+            pins: false,
+            reuse: None,
+        }
+    }
 }
 
 /// What one plan does to one sequence once it completes.
@@ -63,6 +99,17 @@ struct PlanEntry {
     num_samples: u32,
     /// Whether the last of them draws a token.
     draws: bool,
+    /// Whether it places rows of segments.
+    places: bool,
+    /// The first of its rows in `scored`.
+    scored: Option<u32>,
+}
+
+impl PlanEntry {
+    /// Names a sequence and nothing else: what the plan does is added.
+    fn of(slot: u32, len_after: u32) -> PlanEntry {
+        PlanEntry { slot, len_after, first_sample: 0, num_samples: 0, draws: false, places: false, scored: None }
+    }
 }
 
 /// A block that a plan reads though its sequence no longer needs it.
@@ -94,10 +141,17 @@ pub struct Core {
     by_handle: FxHashMap<i32, u32>,
     next_handle: i32,
     next_arrival: u64,
+    /// Tells sequences of one rank apart.
+    next_serial: u64,
     seqs: Vec<Sequence>,
     free_slots: Vec<u32>,
     /// (rank, choice, slot), the head first.
     waiting: BTreeSet<(Rank, u32, u32)>,
+    /// Sequences that wait for segments, outside the queue.
+    num_outside: usize,
+    /// Whoever computes a segment that is not ready. Never iterated where order matters.
+    makers: FxHashMap<SegmentId, Maker>,
+    recipes: Recipes,
     /// Slots that hold a row, oldest (rank, choice) first.
     running: Vec<u32>,
     free_rows: Vec<u32>,
@@ -117,6 +171,8 @@ pub struct Core {
     out_finished: Vec<[i32; 3]>,
     scratch_hits: Vec<BlockId>,
     scratch_blocks: Vec<BlockId>,
+    /// Spans whose segments a survey did not find.
+    scratch_spans: Vec<usize>,
     scratch_demands: Vec<Demand>,
     scratch_prefill: Vec<u32>,
     stats: CoreStats,
@@ -144,9 +200,13 @@ impl Core {
             by_handle: FxHashMap::with_capacity_and_hasher(max_finished, Default::default()),
             next_handle: 0,
             next_arrival: 0,
+            next_serial: 0,
             seqs: Vec::new(),
             free_slots: Vec::new(),
             waiting: BTreeSet::new(),
+            num_outside: 0,
+            makers: FxHashMap::default(),
+            recipes: Recipes::default(),
             running: Vec::with_capacity(num_seqs),
             free_rows: (0..config.max_num_seqs).rev().collect(),
             deadlines: BTreeSet::new(),
@@ -159,6 +219,7 @@ impl Core {
             out_finished: Vec::with_capacity(max_finished),
             scratch_hits: Vec::with_capacity(max_blocks),
             scratch_blocks: Vec::with_capacity(max_blocks),
+            scratch_spans: Vec::with_capacity(config.max_segments as usize),
             scratch_demands: Vec::with_capacity(num_seqs + 1),
             scratch_prefill: Vec::with_capacity(num_seqs),
             stats: CoreStats::default(),
@@ -213,7 +274,7 @@ impl Core {
         record.num_tokens = plan.num_tokens() as u32;
         let wake =
             self.deadlines.first().map_or(-1, |&(deadline, _)| (deadline - now_ms).clamp(0, i64::from(i32::MAX)));
-        plan.seal(plan_id(record.number), wake as i32, self.running.len(), self.waiting.len());
+        plan.seal(plan_id(record.number), wake as i32, self.running.len(), self.waiting.len() + self.num_outside);
         self.records[arena_idx] = record;
         self.stats.steps_total += 1;
         Ok(())

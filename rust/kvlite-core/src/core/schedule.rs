@@ -6,7 +6,7 @@
 use super::{Core, Hold, PlanEntry, PlanRecord};
 use crate::plan::{PROMPT_LOGPROB, PlanWriter, Region, SAMPLE};
 use crate::sched::{Budget, Candidate, victim};
-use crate::sequence::Status;
+use crate::sequence::{Sequence, Status};
 
 impl Core {
     pub(super) fn schedule(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
@@ -18,6 +18,10 @@ impl Core {
             if seq.status() != Status::Running {
                 continue;
             }
+            if seq.is_blending() {
+                prefill.push(slot);
+                continue;
+            }
             match seq.schedulable() {
                 0 => {}
                 1 => self.schedule_decode(slot, plan, record),
@@ -27,8 +31,10 @@ impl Core {
         let tokens = self.config.max_num_batched_tokens - plan.num_tokens() as u32;
         let mut budget = Budget::new(tokens, self.config.attention_cost_tokens);
         for slot in prefill.drain(..) {
-            if self.seq(slot).status() == Status::Running {
-                self.schedule_chunk(slot, plan, record, &mut budget, false);
+            match self.seq(slot) {
+                seq if seq.status() != Status::Running => {}
+                seq if seq.is_blending() => self.schedule_blend(slot, plan, record, &mut budget, false),
+                _ => self.schedule_chunk(slot, plan, record, &mut budget, false),
             }
         }
         self.scratch_prefill = prefill;
@@ -83,12 +89,18 @@ impl Core {
         }
     }
 
-    /// Writes `len` rows of a sequence and what they need: block table entries first. When those do not fit into the
-    /// plan, sends what does and returns false: the rows follow in a later plan.
-    fn emit(&mut self, slot: u32, len: u32, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, copied: bool) -> bool {
+    /// Sends the device the block table's entries up to key `end`. False: not all of them fit into the plan; what did is
+    /// sent, and rows follow in a later plan.
+    pub(super) fn show(
+        &mut self,
+        slot: u32,
+        end: u32,
+        plan: &mut PlanWriter<'_>,
+        record: &mut PlanRecord,
+        copied: bool,
+    ) -> bool {
         let block_size = self.config.block_size;
         let seq = &mut self.seqs[slot as usize];
-        let (start, end) = (seq.scheduled_len, seq.scheduled_len + len);
         let is_shown = end <= seq.table_len * block_size;
         let backlog = if is_shown { 0 } else { end.div_ceil(block_size) - seq.table_len };
         // A long backlog leaves one entry per running sequence, so that decodes behind it go on.
@@ -99,21 +111,43 @@ impl Core {
         }
         seq.table_len += sent;
         let is_whole = sent == backlog;
-        if !is_whole && sent == 0 && !copied {
-            return false;
+        if !is_whole && (sent > 0 || copied) {
+            let len_after = seq.scheduled_len;
+            Core::name(seq, record, PlanEntry::of(slot, len_after));
         }
+        is_whole
+    }
+
+    /// Records what the plan does to a sequence, which is in use until the plan has completed.
+    pub(super) fn name(seq: &mut Sequence, record: &mut PlanRecord, entry: PlanEntry) {
         seq.outstanding += 1;
         seq.last_plan = record.number;
-        let mut entry = PlanEntry { slot, len_after: start, first_sample: 0, num_samples: 0, draws: false };
-        if !is_whole {
-            record.entries.push(entry);
+        record.entries.push(entry);
+    }
+
+    /// Writes `len` rows of a sequence and what they need; false: they follow in a later plan.
+    fn emit(&mut self, slot: u32, len: u32, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, copied: bool) -> bool {
+        let block_size = self.config.block_size;
+        let seq = &self.seqs[slot as usize];
+        let (start, end) = (seq.scheduled_len, seq.scheduled_len + len);
+        if !self.show(slot, end, plan, record, copied) {
             return false;
         }
+        let made = self.seqs[slot as usize].makes.map_or(&[][..], |id| self.cache.segment(id).blocks);
+        let made_start = self.config.canonical_prefix.len() as u32;
+        let made_slot = |position: u32| match position.checked_sub(made_start) {
+            Some(at) if !made.is_empty() => {
+                (made[(at / block_size) as usize].index * block_size + at % block_size) as i32
+            }
+            _ => -1,
+        };
+        let seq = &mut self.seqs[slot as usize];
+        let mut entry = PlanEntry::of(slot, start);
         let first_row = plan.num_tokens();
         let (mut index, mut offset) = (start / block_size, start % block_size);
         for position in start..end {
             let id = seq.tokens.get(position as usize).copied().unwrap_or(-1);
-            plan.token(id, position, seq.blocks[index as usize].index * block_size + offset, -1);
+            plan.token(id, position, seq.blocks[index as usize].index * block_size + offset, made_slot(position));
             offset += 1;
             if offset == block_size {
                 (index, offset) = (index + 1, 0);
@@ -121,7 +155,7 @@ impl Core {
         }
         plan.sequence(seq.row, end);
         entry.len_after = end;
-        entry.draws = end == seq.total_len();
+        entry.draws = end == seq.total_len() && seq.makes.is_none();
         let row_of = |position: u32| first_row + (position - start) as usize;
         entry.first_sample = plan.next_sample();
         if start + 1 < seq.prompt_len && seq.choice == 0 {
@@ -139,7 +173,7 @@ impl Core {
         entry.num_samples = plan.next_sample() - entry.first_sample;
         seq.scheduled_len = end;
         let computes_prompt_end = seq.choice == 0 && end == seq.prompt_len;
-        record.entries.push(entry);
+        Core::name(seq, record, entry);
         if computes_prompt_end {
             self.sample_forks(slot, row_of(end - 1), plan, record);
         }
@@ -147,7 +181,7 @@ impl Core {
     }
 
     /// Samples the last prompt row once more for every choice that waits for it.
-    fn sample_forks(&mut self, slot: u32, row: usize, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
+    pub(super) fn sample_forks(&mut self, slot: u32, row: usize, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
         let request = self.seq(slot).request;
         for choice in 1..self.request(request).choices.len() {
             let Some(slot) = self.slot_of(request, choice) else { continue };
@@ -158,10 +192,8 @@ impl Core {
             let first_sample = plan.next_sample();
             plan.sample(row, fork.row, SAMPLE);
             fork.samples_in_flight += 1;
-            fork.outstanding += 1;
-            fork.last_plan = record.number;
-            let len_after = fork.prompt_len;
-            record.entries.push(PlanEntry { slot, len_after, first_sample, num_samples: 1, draws: true });
+            let entry = PlanEntry { first_sample, num_samples: 1, draws: true, ..PlanEntry::of(slot, fork.prompt_len) };
+            Core::name(fork, record, entry);
         }
     }
 

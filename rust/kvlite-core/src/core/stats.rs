@@ -19,6 +19,14 @@ pub struct CoreStats {
     pub owned_blocks: usize,
     /// Blocks being copied into.
     pub in_transfer_blocks: usize,
+    /// Segments in every state.
+    pub num_segments: usize,
+    /// Blocks that segments hold.
+    pub segment_blocks: usize,
+    /// Blocks that pinned segments hold or will hold.
+    pub pinned_blocks: usize,
+    /// Recipes of blended KV that may still be found.
+    pub num_recipes: usize,
     /// Plans written.
     pub steps_total: u64,
     /// Requests accepted.
@@ -29,6 +37,14 @@ pub struct CoreStats {
     pub prompt_tokens_total: u64,
     /// Of those, tokens served from the cache.
     pub prefix_hit_tokens_total: u64,
+    /// Of those, tokens placed from segments; kept or computed again.
+    pub segment_hit_tokens_total: u64,
+    /// Of the placed ones, those that were kept.
+    pub blended_tokens_total: u64,
+    /// Of the placed ones, those computed again.
+    pub recomputed_tokens_total: u64,
+    /// Segments computed.
+    pub segments_made_total: u64,
     /// Tokens planned in chunks (prompts, and recomputation after preemption).
     pub prefill_tokens_total: u64,
     /// Output tokens committed.
@@ -47,12 +63,16 @@ impl Core {
         let counts = self.cache.counts();
         CoreStats {
             num_running: self.running.len(),
-            num_waiting: self.waiting.len(),
+            num_waiting: self.waiting.len() + self.num_outside,
             num_requests: self.by_handle.len(),
             free_blocks: counts.free,
             cached_blocks: counts.cached,
             owned_blocks: counts.owned,
             in_transfer_blocks: counts.in_transfer,
+            num_segments: self.cache.num_segments(),
+            segment_blocks: self.cache.segment_blocks(),
+            pinned_blocks: self.cache.pinned_blocks(),
+            num_recipes: self.recipes.len(),
             ..self.stats
         }
     }

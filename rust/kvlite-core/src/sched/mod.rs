@@ -9,6 +9,9 @@ pub mod policy;
 /// Steps that a request may be held back while a running neighbour computes blocks that both begin with.
 pub const HOLD_LIMIT_STEPS: u32 = 8;
 
+/// The whole price of a row, in the unit of `Budget::take_rows`.
+pub const FULL_SHARE: u64 = 1 << 16;
+
 /// What is left of a step's budget. One token at key position p costs `1 + p / c0`; cost is kept in units of 1 / c0.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
@@ -50,6 +53,27 @@ impl Budget {
     pub fn spend(&mut self, start: u32, len: u32) {
         self.tokens -= len;
         self.cost = self.cost.saturating_sub(self.price(start, len));
+    }
+
+    /// Charges as many of `positions`, in order, as the budget pays for, each at `share` / `FULL_SHARE` of a token's price
+    /// there; returns how many. `at_least_one` as in `chunk_len`. O(rows).
+    pub fn take_rows(&mut self, positions: &[u32], share: u64, at_least_one: bool) -> usize {
+        let mut count = 0;
+        for &position in positions.iter().take(self.tokens as usize) {
+            let price = ((self.c0 + u64::from(position)) * share).div_ceil(FULL_SHARE);
+            if price > self.cost && !(at_least_one && count == 0) {
+                break;
+            }
+            self.cost = self.cost.saturating_sub(price);
+            count += 1;
+        }
+        self.tokens -= count as u32;
+        count
+    }
+
+    /// Charges work beside the rows, as much as `tokens` at position 0 cost.
+    pub fn spend_aside(&mut self, tokens: u32) {
+        self.cost = self.cost.saturating_sub(u64::from(tokens) * self.c0);
     }
 
     fn price(&self, start: u32, len: u32) -> u64 {
@@ -122,6 +146,22 @@ mod tests {
             assert_eq!(budget.chunk_len(start, wanted, false), by_hand);
             assert_eq!(budget.chunk_len(start, wanted, true), by_hand.max(1));
         }
+    }
+
+    #[test]
+    fn rows_cost_what_the_same_chunk_costs_and_a_share_of_it_in_a_scoring_round() {
+        let rows: Vec<u32> = (100..400).collect();
+        let budget = Budget::new(64, 50);
+        let whole = budget.chunk_len(100, 300, false);
+        let (mut by_row, mut by_half) = (budget, budget);
+        assert_eq!(by_row.take_rows(&rows, FULL_SHARE, false) as u32, whole);
+        let halves = by_half.take_rows(&rows, FULL_SHARE / 2, false) as u32;
+        assert!(whole < halves && halves <= 2 * whole, "{halves} at half the price of {whole}");
+        assert_eq!(by_row.take_rows(&rows, FULL_SHARE, false), 0);
+        assert_eq!(by_row.take_rows(&rows, FULL_SHARE, true), 1);
+        by_half = budget;
+        by_half.spend_aside(64);
+        assert_eq!((by_half.take_rows(&rows, 1, false), by_half.is_untouched()), (0, false));
     }
 
     #[test]

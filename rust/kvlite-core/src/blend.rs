@@ -1,0 +1,322 @@
+//! `Blend`: how one sequence blends segments into its prompt: which rows are placed, scored, computed again, in what order.
+//!
+//! Owns row lists and the choice of rows, pure functions of lengths and scores. Must not know plans, budgets or the cache:
+//! segments are names here. Rows are positions in the prompt; lists ascend. Used by `core` through `Sequence::blend`.
+//!
+//! ```text
+//!   hit |  new  [ reused A ] new [ reused B ]  new (question)        place A, B -> score rounds -> recompute
+//!   rows of a round: new ones (Scope::New) or all behind the hit (Scope::All); of the recompute: new and chosen ones
+//! ```
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::cache::SegmentId;
+
+/// Rows that score the reused ones in a round over new rows, at most.
+pub const MAX_SCORING_ROWS: usize = 64;
+/// Rows whose placing costs as much as one token.
+const PLACED_ROWS_PER_TOKEN: usize = 256;
+/// Subtracted from ratio * rows before rounding up: what doubles lose must not buy a row.
+const RATIO_TOLERANCE: f64 = 1e-9;
+
+/// Which rows a scoring round runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Rows that are not reused; those behind the last reused row score it, the last `MAX_SCORING_ROWS` of them.
+    New,
+    /// Every row behind the hit; from the second round on those kept so far and the new ones. All of them score.
+    All,
+}
+
+/// One pass that scores reused rows before some of them are computed again.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Round {
+    /// Rows that run.
+    pub scope: Scope,
+    /// Share of a full pass that one row costs, 0 to 1.
+    pub cost: f64,
+    /// Share of the reused rows that is kept; the last round's is the request's own ratio.
+    pub ratio: f64,
+}
+
+/// A request's rule, shared by its choices. Fields as in `BlendRequest`.
+#[derive(Debug)]
+pub(crate) struct Rule {
+    pub spans: Box<[(u32, u32)]>,
+    pub method_id: u32,
+    pub ratio: f64,
+    pub rounds: Box<[Round]>,
+    pub scores: Option<Box<[f32]>>,
+}
+
+impl Rule {
+    /// Positions of span `index`.
+    pub fn span(&self, index: usize) -> Range<usize> {
+        let (start, len) = self.spans[index];
+        start as usize..(start + len) as usize
+    }
+
+    /// The span that holds `position`.
+    pub fn span_of(&self, position: u32) -> usize {
+        self.spans.partition_point(|&(start, _)| start <= position) - 1
+    }
+
+    /// Where the last span ends; 0 without spans.
+    pub fn spans_end(&self) -> u32 {
+        self.spans.last().map_or(0, |&(start, len)| start + len)
+    }
+}
+
+/// Where a span's rows are to come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The store, as far as is known.
+    Store,
+    /// The store, after this sequence waited for the segment.
+    Made,
+    /// Computed as new text.
+    Hole,
+}
+
+/// Rows `start..end` of the prompt, placed from a segment's row `offset` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reused {
+    pub start: u32,
+    pub end: u32,
+    pub offset: u32,
+    pub segment: SegmentId,
+}
+
+/// Where a stay on the device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Not admitted.
+    Idle,
+    /// In this round.
+    Score(usize),
+    /// Computing chosen and new rows.
+    Recompute,
+    /// An ordinary sequence from here on.
+    Done,
+}
+
+/// Everything that a blended sequence remembers beside its counters.
+#[derive(Debug)]
+pub(crate) struct Blend {
+    pub rule: Arc<Rule>,
+    /// One per span.
+    pub origins: Box<[Origin]>,
+    /// Segments being made that it waits for, outside the queue.
+    pub waits: Vec<SegmentId>,
+    /// Times it went outside the queue.
+    pub attempts: u32,
+    /// What it makes, once its rows are chosen; held in the table of recipes.
+    pub recipe: Option<u32>,
+    pub stage: Stage,
+    /// Rows to place in this stay, behind the hit.
+    pub reused: Vec<Reused>,
+    /// Whether a plan has placed them.
+    pub placed: bool,
+    /// Whether it still counts as a user of its segments.
+    pub uses_segments: bool,
+    /// Rows of the stage, and how many of them are planned.
+    pub rows: Vec<u32>,
+    pub next: usize,
+    /// Plans in flight whose scores have not been read.
+    pub unread: u32,
+    /// First position behind the hit, and known tokens, of this stay.
+    hit: u32,
+    len: u32,
+    kept: Vec<u32>,
+    /// Per position of the hull: weight, value.
+    scored: Vec<(f64, f32)>,
+}
+
+/// ceil(ratio * rows).
+pub(crate) fn budget_of(ratio: f64, rows: usize) -> usize {
+    ((ratio * rows as f64 - RATIO_TOLERANCE).ceil().max(0.0) as usize).min(rows)
+}
+
+impl Blend {
+    pub fn new(rule: Arc<Rule>) -> Blend {
+        let origins = vec![Origin::Store; rule.spans.len()].into();
+        Blend {
+            rule,
+            origins,
+            waits: Vec::new(),
+            attempts: 0,
+            recipe: None,
+            stage: Stage::Idle,
+            reused: Vec::new(),
+            placed: false,
+            uses_segments: false,
+            rows: Vec::new(),
+            next: 0,
+            unread: 0,
+            hit: 0,
+            len: 0,
+            kept: Vec::new(),
+            scored: Vec::new(),
+        }
+    }
+
+    /// For a further choice: the same rule and holes, nothing of the stay.
+    pub fn fork(&self) -> Blend {
+        Blend { origins: self.origins.clone(), ..Blend::new(Arc::clone(&self.rule)) }
+    }
+
+    /// Whether rows are still placed, scored or computed again.
+    pub fn is_active(&self) -> bool {
+        matches!(self.stage, Stage::Score(_) | Stage::Recompute)
+    }
+
+    pub fn num_reused(&self) -> usize {
+        self.reused.iter().map(|range| (range.end - range.start) as usize).sum()
+    }
+
+    /// What placing costs, in tokens.
+    pub fn place_cost(&self) -> u32 {
+        self.num_reused().div_ceil(PLACED_ROWS_PER_TOKEN) as u32
+    }
+
+    /// Of `chosen`, how many are reused in this stay.
+    pub fn num_kept(&self, chosen: &[u32]) -> usize {
+        self.reused.iter().map(|range| within(chosen, range).len()).sum()
+    }
+
+    /// From the first reused position to the one behind the last.
+    pub fn hull(&self) -> Range<u32> {
+        let start = self.reused.first().map_or(0, |range| range.start);
+        start..self.reused.last().map_or(start, |range| range.end)
+    }
+
+    /// Starts a stay over `len` known tokens behind `hit`; `reused` is set. Returns the rows to compute again if they are
+    /// known without scoring: all, none, or those that static scores choose.
+    pub fn begin(&mut self, hit: u32, len: u32) -> Option<Vec<u32>> {
+        (self.hit, self.len) = (hit, len);
+        self.kept = self.reused.iter().flat_map(|range| range.start..range.end).collect();
+        let rule = Arc::clone(&self.rule);
+        let budget = budget_of(rule.ratio, self.kept.len());
+        if budget == self.kept.len() || budget == 0 || rule.rounds.is_empty() {
+            let scores = rule.scores.as_deref().unwrap_or(&[]);
+            let score = |row: u32| scores.get(row as usize).map_or(0.0, |&score| f64::from(score));
+            return Some(best(std::mem::take(&mut self.kept), score, budget));
+        }
+        self.start_round(0);
+        None
+    }
+
+    fn start_round(&mut self, round: usize) {
+        let kept: &[u32] = if self.rule.rounds[round].scope == Scope::All { &self.kept } else { &[] };
+        self.rows = list(&self.reused, kept, self.hit, self.len);
+        self.next = 0;
+        self.stage = Stage::Score(round);
+        self.scored.clear();
+        self.scored.resize(self.hull().len(), (0.0, f32::NEG_INFINITY));
+    }
+
+    /// Of `rows`, the first that scores in this round.
+    pub fn first_scoring(&self, round: usize) -> usize {
+        match self.rule.rounds[round].scope {
+            Scope::All => 0,
+            Scope::New => {
+                let behind = self.rows.partition_point(|&row| row < self.hull().end);
+                behind.max(self.rows.len().saturating_sub(MAX_SCORING_ROWS))
+            }
+        }
+    }
+
+    /// Reads one answer of the runner: (weight, value) as float32 bits per position of the hull. Weights of several
+    /// chunks add up, values take the maximum; NaN stays.
+    pub fn add_scores(&mut self, answer: &[i32]) {
+        for ((weight, value), pair) in self.scored.iter_mut().zip(answer.chunks_exact(2)) {
+            let [new_weight, new_value] = [pair[0], pair[1]].map(|bits| f32::from_bits(bits as u32));
+            *weight += f64::from(new_weight);
+            *value = if value.is_nan() || new_value.is_nan() { f32::NAN } else { value.max(new_value) };
+        }
+    }
+
+    /// Whether the round's rows are all planned and all its scores read.
+    pub fn is_round_over(&self) -> bool {
+        matches!(self.stage, Stage::Score(_)) && self.unread == 0 && self.next == self.rows.len()
+    }
+
+    /// Keeps the best rows; starts the next round, or returns what is to be computed again.
+    pub fn finish_round(&mut self) -> Option<Vec<u32>> {
+        let Stage::Score(round) = self.stage else { panic!("a round is finished while it runs") };
+        let count = budget_of(self.rule.rounds[round].ratio, self.num_reused());
+        let start = self.hull().start;
+        let score = |row: u32| {
+            let (weight, value) = self.scored[(row - start) as usize];
+            weight * f64::from(value)
+        };
+        let kept = best(std::mem::take(&mut self.kept), score, count);
+        if round + 1 == self.rule.rounds.len() {
+            return Some(kept);
+        }
+        self.kept = kept;
+        self.start_round(round + 1);
+        None
+    }
+
+    /// Starts to compute `chosen` and the new rows.
+    pub fn recompute(&mut self, chosen: &[u32]) {
+        self.rows = list(&self.reused, chosen, self.hit, self.len);
+        self.next = 0;
+        self.stage = Stage::Recompute;
+        self.scored = Vec::new();
+    }
+
+    /// Sets the stay's bounds where no choice is to be made: a recipe says which rows.
+    pub fn replay(&mut self, hit: u32, len: u32, chosen: &[u32]) {
+        (self.hit, self.len) = (hit, len);
+        self.recompute(chosen);
+    }
+
+    /// Nothing is left to place, score or repair.
+    pub fn end_stage(&mut self) {
+        self.stage = Stage::Done;
+        (self.rows, self.kept, self.next) = (Vec::new(), Vec::new(), 0);
+    }
+
+    /// Forgets the stay; rule, holes and recipe remain.
+    pub fn leave(&mut self) {
+        assert!(self.unread == 0 && !self.uses_segments, "a stay is given back when no plan names it");
+        self.end_stage();
+        self.stage = Stage::Idle;
+        self.reused.clear();
+        self.scored = Vec::new();
+        self.placed = false;
+    }
+}
+
+/// The part of the ascending `rows` inside `range`.
+fn within<'a>(rows: &'a [u32], range: &Reused) -> &'a [u32] {
+    let start = rows.partition_point(|&row| row < range.start);
+    &rows[start..rows.partition_point(|&row| row < range.end)]
+}
+
+/// Rows of `hit..len` that are not reused, and of the reused ones those in `kept`.
+fn list(reused: &[Reused], kept: &[u32], hit: u32, len: u32) -> Vec<u32> {
+    let (mut rows, mut at) = (Vec::new(), hit);
+    for range in reused {
+        rows.extend(at..range.start);
+        rows.extend_from_slice(within(kept, range));
+        at = range.end;
+    }
+    rows.extend(at..len);
+    rows
+}
+
+/// The `count` best of `rows`: the higher score first, then the lower position; NaN last. Ascending. O(rows).
+fn best(mut rows: Vec<u32>, score: impl Fn(u32) -> f64, count: usize) -> Vec<u32> {
+    let number = |row: u32| Some(score(row)).filter(|score| !score.is_nan()).unwrap_or(f64::NEG_INFINITY);
+    if count < rows.len() {
+        // Adding 0.0 makes the two zeros one.
+        rows.select_nth_unstable_by(count, |&a, &b| (number(b) + 0.0).total_cmp(&(number(a) + 0.0)).then(a.cmp(&b)));
+        rows.truncate(count);
+    }
+    rows.sort_unstable();
+    rows
+}
