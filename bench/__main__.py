@@ -11,6 +11,7 @@ BENCHMARKS = {
     "core": "one step of the Rust core, and the operations of its cache",
     "limits": "the best rates of reads and products on this machine",
     "decode": "decode steps of an embedded engine, as shares of the limits",
+    "blend": "documents at any place: time to the first token against exact prefill, memory, neighbours",
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
     "kernels": "each op on each backend, as shares of its bound",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",

@@ -5,8 +5,8 @@ the cache where they fit there), nor than its multiply-adds at the rate of a lar
 the bound is the larger of the two, both measured in this run. Element-wise ops and decode attention are bound by bytes,
 prefill attention and key_mass by arithmetic. `share_CASE_BACKEND` is bound over time; a share above 1 stops the run.
 
-Shapes are those of one layer of Qwen2-0.5B (place_kv: of all), batch and lengths in the name of the case. Correctness first: every backend
-must agree with the torch reference on the inputs that are timed, outputs poisoned with NaN before.
+Shapes are those of one layer of Qwen2-0.5B (place_kv: of all), batch and lengths in the name of the case. Correctness
+first: every backend must agree with the torch reference on the inputs that are timed, outputs poisoned with NaN before.
 """
 
 from __future__ import annotations

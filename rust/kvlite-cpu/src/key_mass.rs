@@ -10,6 +10,9 @@ use crate::isa::by_isa;
 use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
 
+/// Query heads that read a key together.
+const HEADS: usize = 4;
+
 /// Arguments of `key_mass`.
 #[derive(Clone, Debug)]
 pub struct KeyMass<'a, E> {
@@ -89,24 +92,37 @@ fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<
     let kv_heads = args.k_cache.layout.kv_heads;
     let group = args.q.heads / kv_heads;
     let dim = args.q.dim.next_multiple_of(LANES);
-    let (mut q, mut scores, mut side) = (vec![0.0; dim], vec![0.0; SCORES], Side::default());
+    let mut side = Side::default();
+    let (mut q, mut scores) = (vec![0.0; HEADS * dim], vec![0.0; HEADS * SCORES]);
     for kv_head in 0..kv_heads {
         side.load(&args.k_cache, args.block_table.row(0), keys.clone(), kv_head, args.rows.len() > 1);
-        let memory = side.memory(&args.k_cache);
+        let (memory, offsets) = (side.memory(&args.k_cache), &side.offsets[..]);
         for &row in args.rows {
             let row = row as usize; // checked by `check`
             let end = (i64::from(args.last_key[row]) + 1).clamp(keys.start as i64, keys.end as i64) as usize;
-            for head in kv_head * group..(kv_head + 1) * group {
-                let lse = args.lse.head(row, head)[0];
-                if lse == f32::NEG_INFINITY {
-                    continue;
+            let seen = 0..end - keys.start;
+            let heads = kv_head * group..(kv_head + 1) * group;
+            let mut first = heads.start;
+            while first < heads.end {
+                let count = if heads.end - first >= HEADS { HEADS } else { (heads.end - first).min(2) };
+                for (i, q) in q.chunks_exact_mut(dim).take(count).enumerate() {
+                    widen(args.q.head(row, first + i), q);
                 }
-                widen(args.q.head(row, head), &mut q);
-                let seen = 0..end - keys.start;
-                lanes::scores::<1, 4, FUSED>(&q, memory, &side.offsets, dim, seen.clone(), args.scale, &mut scores);
-                for (total, &score) in out[seen.clone()].iter_mut().zip(&scores[seen]) {
-                    *total += lanes::exp::<FUSED>(score - lse);
+                let range = seen.clone();
+                match count {
+                    HEADS => lanes::scores::<HEADS, 1, FUSED>(&q, memory, offsets, dim, range, args.scale, &mut scores),
+                    2 => lanes::scores::<2, 2, FUSED>(&q, memory, offsets, dim, range, args.scale, &mut scores),
+                    _ => lanes::scores::<1, 4, FUSED>(&q, memory, offsets, dim, range, args.scale, &mut scores),
                 }
+                for (i, scores) in scores.chunks_exact(SCORES).take(count).enumerate() {
+                    let lse = args.lse.head(row, first + i)[0];
+                    if lse != f32::NEG_INFINITY {
+                        for (total, &score) in out[seen.clone()].iter_mut().zip(scores) {
+                            *total += lanes::exp::<FUSED>(score - lse);
+                        }
+                    }
+                }
+                first += count;
             }
         }
     }
