@@ -13,12 +13,16 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from kvlite.engine import Engine, Prompt
+from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState
+from kvlite.engine import ChatPrompt, Engine, Prompt
 from kvlite.errors import CapacityError, EngineClosedError, EngineError, KvliteError
+from kvlite.library import KEEP, check_made
 from kvlite.output import Collector
 from kvlite.request import RequestLimits, ValidatedRequest
-from kvlite.tokenizer import Tokenizer
+from kvlite.reuse_types import Document, Reuse
+from kvlite.tokenizer import Message, Tokenizer
 from kvlite.types import Delta, EngineStats, FinishReason, RequestOptions, RequestOutput, SamplingParams
 
 BUFFERED_DELTAS = 32
@@ -101,6 +105,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
+        self._engine.library.expire()
         return self._engine.stats()
 
     def stream(
@@ -108,13 +113,15 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        *,
+        reuse: Reuse | None = None,
     ) -> AsyncGenerator[Delta]:
         """Deltas as they come; the last one has `usage`. Checked now, started by the first `anext`.
 
         Closing the iterator or cancelling its task aborts the request. Raises InvalidRequestError, CapacityError or
         EngineClosedError now; the latter two may also come from the first `anext`, EngineError from any.
         """
-        return self.stream_validated(self._engine.validate(prompt, params, options))
+        return self.stream_validated(self._engine.validate(prompt, params, options, reuse=reuse))
 
     def stream_validated(self, request: ValidatedRequest) -> AsyncGenerator[Delta]:
         """`stream` for a request that has passed `validate`."""
@@ -126,13 +133,81 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        *,
+        reuse: Reuse | None = None,
     ) -> RequestOutput:
         """One whole request; cancelling the call aborts it."""
-        request = self._engine.validate(prompt, params, options)
+        request = self._engine.validate(prompt, params, options, reuse=reuse)
         collector = Collector(request)
         async for delta in self._stream(request):
             collector.push(delta)
         return collector.output()
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        *,
+        documents: Sequence[Document | str] = (),
+        reuse: Reuse | None = None,
+        **variables: Any,
+    ) -> ChatPrompt:
+        """As Engine's; for any thread but that of an event loop, because it tokenises."""
+        return self._engine.prepare_chat(messages, params, options, documents=documents, reuse=reuse, **variables)
+
+    async def create_document(
+        self,
+        document: Document,
+        *,
+        tenant: int = 0,
+        public: bool = False,
+        pinned: bool = False,
+        ttl_s: float | None = None,
+    ) -> DocumentInfo:
+        """Computes a document's KV and keeps the document by its id; returns when it is ready.
+
+        One of the same id is replaced. Cancelling the call ends it. Raises InvalidRequestError (document.text,
+        document.id, ttl_s), CapacityError when store or pool have no room.
+        """
+        self._check_accepting()
+        owner = PUBLIC_TENANT if public else tenant
+        library = self._engine.library
+        library.expire()
+        stored, order = await asyncio.to_thread(library.prepare, document, tenant=owner, pinned=pinned, ttl_s=ttl_s)
+        await self._make(order)
+        return library.put(stored)
+
+    def get_document(self, tenant: int, id: str) -> DocumentInfo | None:
+        """The tenant's own document of that id, else the public one."""
+        return self._engine.library.get(tenant, id)
+
+    def list_documents(self, tenant: int) -> list[DocumentInfo]:
+        """The tenant's own and the public ones, oldest first."""
+        return self._engine.library.list(tenant)
+
+    async def update_document(
+        self, tenant: int, id: str, *, public: bool = False, pinned: bool | None = None, ttl_s: float | None = KEEP
+    ) -> DocumentInfo | None:
+        """Pins, unpins, sets or clears the time to live; None when there is no such document.
+
+        One that is pinned while its KV is not there is computed first. Raises InvalidRequestError or CapacityError.
+        """
+        library = self._engine.library
+        changed = library.change(PUBLIC_TENANT if public else tenant, id, pinned, ttl_s)
+        if changed is None:
+            return None
+        if pinned and library.state(changed.tenant, changed.token_ids) is DocumentState.EVICTED:
+            await self._make(library.order(changed))
+        return library.info(changed)
+
+    async def delete_document(self, tenant: int, id: str, *, public: bool = False) -> bool:
+        """Forgets a document and its KV; requests that use it go on. False when there is no such document."""
+        return self._engine.library.delete(PUBLIC_TENANT if public else tenant, id)
+
+    async def _make(self, order: ValidatedRequest) -> None:
+        async for delta in self._stream(order):
+            check_made(delta)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests, lets the running ones finish; False when some still run after `timeout_s`."""

@@ -122,6 +122,9 @@ class EngineConfig:
     segment_cache_ratio: float = _setting(
         0.5, float, "share of the KV pool that segments may take", low=0.0, high=1.0, core=True
     )
+    canonical_prefix: str | None = _setting(
+        None, str, "text, special tokens included, that segments are computed behind", auto="from the model"
+    )
     max_documents: int = _setting(64, int, "documents per request", low=1, high=4096)
     max_stored_documents: int = _setting(4096, int, "documents kept by id", low=0, high=1 << 20)
     min_agreement: float | None = _setting(

@@ -18,11 +18,12 @@ import torch
 
 from kvlite import _core
 from kvlite.config import Device, DType, EngineConfig
-from kvlite.errors import ConfigError, ModelLoadError
+from kvlite.errors import ConfigError, InvalidRequestError, ModelLoadError
 from kvlite.model_files import load_generation_defaults
 from kvlite.models import Decoder, ModelConfig, load_config, load_model
 from kvlite.ops import Ops, select
-from kvlite.request import RequestLimits
+from kvlite.request import RequestLimits, resolve_method
+from kvlite.reuse_types import Reuse
 from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
@@ -121,7 +122,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     limits = RequestLimits(
         config, model.vocab_size, max_model_len, pool.num_blocks * config.block_size, defaults, model.num_layers
     )
-    identity = _Identity(tokenizer.canonical_prefix()[: max_model_len - 2], _digest(directory, model, dtype))
+    _check_method(limits)
+    identity = _Identity(_canonical_prefix(config, tokenizer, limits), _digest(directory, model, dtype))
     core, arenas = _core_and_arenas(config, model, limits, identity, device)
     startup = Startup(
         model=str(directory),
@@ -208,6 +210,27 @@ class _Identity:
 
     canonical_prefix: list[int]
     model_digest: int
+
+
+def _canonical_prefix(config: EngineConfig, tokenizer: Tokenizer, limits: RequestLimits) -> list[int]:
+    """Raises ConfigError for one that leaves no room for a segment."""
+    try:
+        ids = tokenizer.canonical_prefix(config.canonical_prefix)
+    except InvalidRequestError as error:
+        raise ConfigError("canonical_prefix", error.message) from None
+    room = min(limits.max_model_len, limits.pool_tokens) - 2
+    if len(ids) <= room:
+        return ids
+    if config.canonical_prefix is not None:
+        raise ConfigError("canonical_prefix", f"has {len(ids)} tokens, at most {room} leave room for a segment")
+    return ids[:room]
+
+
+def _check_method(limits: RequestLimits) -> None:
+    try:
+        resolve_method(limits, Reuse.blend())
+    except InvalidRequestError as error:
+        raise ConfigError("reuse_method", error.message) from None
 
 
 def _digest(directory: Path, model: ModelConfig, dtype: torch.dtype) -> int:

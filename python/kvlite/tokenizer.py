@@ -235,12 +235,16 @@ class Tokenizer:
         size = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
         return whole[:size]
 
-    def canonical_prefix(self) -> list[int]:
-        """What segments are computed behind: the special token that a conversation begins with. [] without one.
+    def canonical_prefix(self, text: str | None = None) -> list[int]:
+        """Ids that segments are computed behind: of `text`, special tokens included, when it is given.
 
-        That is the first one that the template's source names; BOS as before text where there is no template. Nothing
-        is rendered, so that an engine starts without jinja2.
+        Else what tokenizer_config.json says under `canonical_prefix`, else the special token that a conversation begins
+        with: the first one that the template's source names. BOS as before text where there is no template, [] without
+        one. Nothing is rendered, so that an engine starts without jinja2. Raises InvalidRequestError.
         """
+        own = self._config.get("canonical_prefix") if text is None else text
+        if isinstance(own, str):
+            return _encode(self._control, own)
         template = self._templates.get("default")
         if template is None:
             return self._opening

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "inflight": REQUEST | {"output", "runner"},
     "loop": COMPUTE | REQUEST | {"agreement", "documents", "inflight", "runner", "startup", "twins"},
     "engine": COMPUTE | REQUEST | {"documents", "library", "loop", "output", "startup"},
-    "async_engine": ENGINE | {"output"},
+    "async_engine": ENGINE | {"documents", "output"},
     "fleet": SERVING,
     "server": SERVING | {"fleet"},
     "chat": SERVING,
