@@ -13,6 +13,7 @@ BENCHMARKS = {
     "decode": "decode steps of an embedded engine, as shares of the limits",
     "blend": "documents at any place: time to the first token against exact prefill, memory, neighbours",
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
+    "quality": "answers and time to the first token of blended reuse, by method and recompute ratio",
     "kernels": "each op on each backend, as shares of its bound",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",
     "compare": "kvlite and its peers side by side, each in its own environment",

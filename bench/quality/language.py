@@ -1,25 +1,31 @@
 """The small English that the shipped model was trained on: its words, and the sentences they may form.
 
-Data alone: no chance and no story (generator.py). Every word with the space before it is one token of that model; a word
-that is not here is broken into bytes, which the model never saw.
+Data alone: no chance and no story (generator.py). Every word with the space before it is one token of that model; a
+word that is not here is broken into bytes, which the model never saw.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 SYSTEM = "Answer the question from the documents."
 
-MEN = (
+MEN = _words(
     "Adam Boris Carl David Edgar Felix George Henry Ivan Jacob Karl Liam Marcus Nolan Oscar Peter Quentin Robert Simon "
     "Thomas Victor Walter Xavier Yuri Zane Alan Bruno Cedric Derek Elias Frank Gavin Hugo Igor Jonas Kevin Leon Martin "
     "Neil Owen"
-).split()
-WOMEN = (
-    "Alice Bella Clara Diana Emma Fiona Greta Helen Irene Julia Karen Laura Maria Nora Olga Paula Quinn Rosa Sarah Tina "
-    "Ursula Vera Wendy Xenia Yvonne Zoe Anna Bertha Carla Dora Elsa Flora Gloria Hilda Iris Jane Kate Linda Mona Nina"
-).split()
-ROLES = tuple("captain mayor chief treasurer chairman director steward manager warden speaker".split())
+)
+WOMEN = _words(
+    "Alice Bella Clara Diana Emma Fiona Greta Helen Irene Julia Karen Laura Maria Nora Olga Paula Quinn Rosa Sarah "
+    "Tina Ursula Vera Wendy Xenia Yvonne Zoe Anna Bertha Carla Dora Elsa Flora Gloria Hilda Iris Jane Kate Linda Mona "
+    "Nina"
+)
+ROLES = _words("captain mayor chief treasurer chairman director steward manager warden speaker")
 
 _CITIES = (
     "Oslo Paris Rome Madrid Berlin Vienna Prague Dublin London Athens Lisbon Warsaw Cairo Tokyo Delhi Lima Boston "
@@ -59,7 +65,7 @@ class Attribute:
 
 
 def _attribute(sentences: tuple[str, ...], again: str, question: str, values: str) -> Attribute:
-    return Attribute(sentences, again, question, tuple(values.split()))
+    return Attribute(sentences, again, question, _words(values))
 
 
 HOME = _attribute(
@@ -97,12 +103,10 @@ FILLERS = (
     "The {n} and the {m} {v} {a}.",
 )
 NOTHING = "The {n} was empty."
-PLACES = tuple(
+PLACES = _words(
     "street river bridge market garden tower valley forest harbor station library museum meadow village church field "
-    "road wall gate window".split()
+    "road wall gate window"
 )
-LOOKS = tuple(
-    "old cold warm quiet narrow broad dusty bright dark gentle heavy empty crowded broken wooden stone".split()
-)
-TIMES = tuple("morning evening winter summer autumn night week month".split())
-STATES = tuple("looked seemed stayed remained became".split())
+LOOKS = _words("old cold warm quiet narrow broad dusty bright dark gentle heavy empty crowded broken wooden stone")
+TIMES = _words("morning evening winter summer autumn night week month")
+STATES = _words("looked seemed stayed remained became")
