@@ -33,6 +33,10 @@ REASONS = (
 """By the core's number."""
 
 
+NO_ROOM = "there is no room for it beside what is pinned"
+"""Why a segment could not be made, when no step failed."""
+
+
 class _Request:
     """One request and its choices."""
 
@@ -190,10 +194,16 @@ class InFlight:
                 delta = replace(delta, prompt_logprobs=tuple(request.prompt_logprobs))
                 request.prompt_logprobs = None
             if delta.finish_reason is FinishReason.ERROR:
-                cause = "the model gave no usable logits" if self._fault is None else f"a step failed: {self._fault!r}"
-                delta = replace(delta, error=cause)
+                delta = replace(delta, error=self._cause(request))
             if last.get(request.handle) is choice:
                 del self._requests[request.handle]
                 delta = replace(delta, usage=request.usage(), reuse=request.reuse)
             deltas.append(delta)
         return deltas
+
+    def _cause(self, request: _Request) -> str:
+        if self._fault is not None:
+            return f"a step failed: {self._fault!r}"
+        if request.request.segment is not None:
+            return NO_ROOM
+        return "the model gave no usable logits"

@@ -16,6 +16,7 @@ from kvlite import _core
 from kvlite.checks import check_number
 from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState, DocumentStore, StoredDocument, new_id
 from kvlite.errors import CapacityError, EngineError, InvalidRequestError, UnknownDocumentError
+from kvlite.inflight import NO_ROOM
 from kvlite.request import RequestLimits, ValidatedRequest, validate_segment
 from kvlite.reuse_types import Document
 from kvlite.tokenizer import Tokenizer
@@ -190,6 +191,6 @@ def check_made(last: Delta) -> None:
     """Raises unless the request that made a segment ended well."""
     if last.finish_reason is FinishReason.STOP:
         return
-    if last.error is not None:
-        raise EngineError(f"the document could not be computed: {last.error}")
-    raise CapacityError(f"the document could not be computed: ended with reason {last.finish_reason}")
+    reason = last.error or f"it ended with reason {last.finish_reason}"
+    failed = last.finish_reason is FinishReason.ERROR and last.error != NO_ROOM
+    raise (EngineError if failed else CapacityError)(f"the document could not be computed: {reason}")

@@ -291,7 +291,7 @@ class EngineStats:
     recomputed_tokens: int = 0
     """Prompt tokens taken from segments and recomputed."""
     segment_hit_tokens: int = 0
-    """Tokens of segments that were in the store when a request wanted them."""
+    """Prompt tokens that segments were placed for, kept or recomputed."""
     num_segments: int = 0
     segment_blocks: int = 0
     pinned_blocks: int = 0

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": LEAVES | {"chat_template", "model_files"},
     "documents": {"errors", "reuse_types"},
     "request": LEAVES | {"reuse", "documents"},
-    "library": LEAVES | {"_core", "documents", "request", "tokenizer"},
+    "library": LEAVES | {"_core", "documents", "inflight", "request", "tokenizer"},
     "agreement": set(),
     "twins": LEAVES | {"agreement", "request"},
     "output": REQUEST | {"runner"},
