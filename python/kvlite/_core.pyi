@@ -5,7 +5,7 @@ with an underscore exists here only.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypedDict, Unpack, final
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ _Int32: TypeAlias = NDArray[np.int32]
 _Float32: TypeAlias = NDArray[np.float32]
 _Stored: TypeAlias = NDArray[Any]
 """float32, or uint16 that holds the bits `dtype` names: "float32", "bfloat16" or "float16"."""
+_Round: TypeAlias = tuple[int, float, float]
+"""Scope (0 new rows, 1 all rows), cost of one row as a share of a full pass, share of the reused rows kept."""
+_Blend: TypeAlias = tuple[_Int32, int, float, Sequence[_Round], _Float32 | None, int]
+"""spans [k, 2] (start, len), method_id, ratio, rounds, scores [prompt_len] of a static rule, decode_rows."""
 
 class InvalidArgument(ValueError):
     """The caller's argument cannot be served as given; nothing has changed."""
@@ -41,6 +45,26 @@ class _CoreConfig(TypedDict):
     reserve_tokens: int
     watermark_ratio: float
     hash_seed: int
+    canonical_prefix: Sequence[int]
+    model_digest: int
+    segment_cache_ratio: float
+    max_segments: int
+
+class _SegmentInfo(TypedDict):
+    len: int
+    state: Literal["wanted", "making", "ready"]
+    tenant: int
+    pinned: bool
+    num_users: int
+    num_hits: int
+    num_blocks: int
+
+class _ReuseReport(TypedDict):
+    prefix_tokens: int
+    blended_tokens: int
+    recomputed_tokens: int
+    computed_tokens: int
+    spans: list[int]
 
 class _CoreStats(TypedDict):
     num_running: int
@@ -50,11 +74,19 @@ class _CoreStats(TypedDict):
     cached_blocks: int
     owned_blocks: int
     in_transfer_blocks: int
+    num_segments: int
+    segment_blocks: int
+    pinned_blocks: int
+    num_recipes: int
     steps_total: int
     requests_total: int
     preemptions_total: int
     prompt_tokens_total: int
     prefix_hit_tokens_total: int
+    segment_hit_tokens_total: int
+    blended_tokens_total: int
+    recomputed_tokens_total: int
+    segments_made_total: int
     prefill_tokens_total: int
     generated_tokens_total: int
     discarded_tokens_total: int
@@ -93,10 +125,29 @@ class Core:
         use_cache: bool,
         prompt_logprobs: bool,
         now_ms: int,
+        blend: _Blend | None = None,
     ) -> int:
         """Queues a request; returns its handle. Raises InvalidArgument or CapacityError; nothing has changed then.
 
         `deadline_ms` and `now_ms` are on the clock of `step`. O(prompt).
+        """
+
+    def add_segment(self, ids: _Int32, *, tenant: int, pinned: bool, deadline_ms: int | None, now_ms: int) -> int:
+        """Queues the making of a segment; its handle finishes with stop once it is ready. Raises as `add`."""
+
+    def segment(self, tenant: int, ids: _Int32) -> _SegmentInfo | None:
+        """The segment of these ids that `tenant` may read: its own, else a public one."""
+
+    def pin_segment(self, tenant: int, ids: _Int32, pinned: bool) -> bool:
+        """A pinned segment is never evicted. False: `tenant` has none of its own. CapacityError: requests need its room."""
+
+    def drop_segment(self, tenant: int, ids: _Int32) -> bool:
+        """Forgets a segment; whoever uses it keeps it until done. False: `tenant` has none of its own."""
+
+    def reuse_report(self, handle: int) -> _ReuseReport | None:
+        """Tokens of a live blended request by source, and per span 0 prefix, 1 hit, 2 made, 3 hole, 4 recipe.
+
+        Complete from the step that reports `admitted` with cause new.
         """
 
     def abort(self, handle: int) -> bool:

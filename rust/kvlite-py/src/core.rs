@@ -13,6 +13,13 @@ use pyo3::types::{PyDict, PyString};
 
 use crate::buffers::{Array, Exclusive};
 use crate::errors::{Fault, from_core, invalid, panic_message};
+use crate::reuse::{Blend, BlendTuple, report_dict, segment_dict};
+
+/// Puts fields into a dict under their own names.
+macro_rules! items {
+    ($dict:ident, $from:ident, $($name:ident),+ $(,)?) => { $($dict.set_item(stringify!($name), $from.$name)?;)+ };
+}
+pub(crate) use items;
 
 /// Names of `CoreConfig`'s fields, all of them required.
 const FIELDS: [&str; 17] = [
@@ -79,6 +86,16 @@ impl Core {
         raise(self.state().call(call))
     }
 
+    fn with_ids<T>(
+        &self,
+        tenant: i64,
+        ids: &Bound<'_, PyAny>,
+        call: impl FnOnce(&mut kvlite_core::Core, u32, &[i32]) -> Result<T, CoreError>,
+    ) -> PyResult<T> {
+        let (tenant, ids) = (unsigned("tenant", tenant)?, Array::<i32, 1>::new("ids", ids)?.packed_from(0)?);
+        self.brief(|state| call(&mut state.core, tenant, ids.slice()))
+    }
+
     fn detached<T: Send>(
         &self,
         py: Python<'_>,
@@ -124,7 +141,7 @@ impl Core {
 
     /// Queues a request; returns its handle. Raises InvalidArgument or CapacityError; nothing has changed then.
     #[pyo3(signature = (prompt_ids, *, n, max_tokens, min_tokens, stop_token_ids, priority, deadline_ms, tenant, use_cache,
-                        prompt_logprobs, now_ms))]
+                        prompt_logprobs, now_ms, blend = None))]
     #[expect(clippy::too_many_arguments, reason = "one keyword per field of a request")]
     fn add(
         &self,
@@ -139,9 +156,11 @@ impl Core {
         use_cache: bool,
         prompt_logprobs: bool,
         now_ms: i64,
+        blend: Option<BlendTuple<'_>>,
     ) -> PyResult<i32> {
         let prompt = Array::<i32, 1>::new("prompt_ids", prompt_ids)?.packed_from(0)?;
         let (n, tenant) = (unsigned("n", n)?, unsigned("tenant", tenant)?);
+        let blend = blend.map(Blend::new).transpose()?;
         let (max_tokens, min_tokens) = (unsigned("max_tokens", max_tokens)?, unsigned("min_tokens", min_tokens)?);
         self.brief(|state| {
             let request = Request {
@@ -155,10 +174,50 @@ impl Core {
                 tenant,
                 use_cache,
                 prompt_logprobs,
-                blend: None,
+                blend: blend.as_ref().map(Blend::request),
             };
             state.core.add(&request, now_ms)
         })
+    }
+
+    /// Queues the making of a segment; its handle finishes with stop once it is ready. Raises as add.
+    #[pyo3(signature = (ids, *, tenant, pinned, deadline_ms, now_ms))]
+    fn add_segment(
+        &self,
+        ids: &Bound<'_, PyAny>,
+        tenant: i64,
+        pinned: bool,
+        deadline_ms: Option<i64>,
+        now_ms: i64,
+    ) -> PyResult<i32> {
+        self.with_ids(tenant, ids, |core, tenant, ids| core.add_segment(ids, tenant, pinned, deadline_ms, now_ms))
+    }
+
+    /// The segment of these ids that tenant may read: its own, else a public one.
+    fn segment<'py>(
+        &self,
+        py: Python<'py>,
+        tenant: i64,
+        ids: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let info = self.with_ids(tenant, ids, |core, tenant, ids| Ok(core.segment(tenant, ids)))?;
+        info.map(|info| segment_dict(py, &info)).transpose()
+    }
+
+    /// A pinned segment is never evicted. False: tenant has none of its own. Raises CapacityError when requests need its room.
+    fn pin_segment(&self, tenant: i64, ids: &Bound<'_, PyAny>, pinned: bool) -> PyResult<bool> {
+        self.with_ids(tenant, ids, |core, tenant, ids| core.pin_segment(tenant, ids, pinned))
+    }
+
+    /// Forgets a segment; whoever uses it keeps it until done. False: tenant has none of its own.
+    fn drop_segment(&self, tenant: i64, ids: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.with_ids(tenant, ids, |core, tenant, ids| Ok(core.drop_segment(tenant, ids)))
+    }
+
+    /// Tokens of a live blended request by source, and per span 0 prefix, 1 hit, 2 made, 3 hole, 4 recipe.
+    fn reuse_report<'py>(&self, py: Python<'py>, handle: i32) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let report = self.brief(|state| Ok(state.core.reuse_report(handle).cloned()))?;
+        report.map(|report| report_dict(py, &report)).transpose()
     }
 
     /// Ends every choice of a request at the next step; False when it has ended already.
@@ -186,28 +245,35 @@ impl Core {
     /// Counters and gauges; finished_total counts ends by reason code.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.brief(|state| Ok(state.core.stats()))?;
-        let counts = [
-            ("num_running", stats.num_running as u64),
-            ("num_waiting", stats.num_waiting as u64),
-            ("num_requests", stats.num_requests as u64),
-            ("free_blocks", stats.free_blocks as u64),
-            ("cached_blocks", stats.cached_blocks as u64),
-            ("owned_blocks", stats.owned_blocks as u64),
-            ("in_transfer_blocks", stats.in_transfer_blocks as u64),
-            ("steps_total", stats.steps_total),
-            ("requests_total", stats.requests_total),
-            ("preemptions_total", stats.preemptions_total),
-            ("prompt_tokens_total", stats.prompt_tokens_total),
-            ("prefix_hit_tokens_total", stats.prefix_hit_tokens_total),
-            ("prefill_tokens_total", stats.prefill_tokens_total),
-            ("generated_tokens_total", stats.generated_tokens_total),
-            ("discarded_tokens_total", stats.discarded_tokens_total),
-            ("failed_plans_total", stats.failed_plans_total),
-        ];
         let dict = PyDict::new(py);
-        for (name, count) in counts {
-            dict.set_item(name, count)?;
-        }
+        items!(
+            dict,
+            stats,
+            num_running,
+            num_waiting,
+            num_requests,
+            free_blocks,
+            cached_blocks,
+            owned_blocks,
+            in_transfer_blocks,
+            num_segments,
+            segment_blocks,
+            pinned_blocks,
+            num_recipes,
+            steps_total,
+            requests_total,
+            preemptions_total,
+            prompt_tokens_total,
+            prefix_hit_tokens_total,
+            segment_hit_tokens_total,
+            blended_tokens_total,
+            recomputed_tokens_total,
+            segments_made_total,
+            prefill_tokens_total,
+            generated_tokens_total,
+            discarded_tokens_total,
+            failed_plans_total,
+        );
         let [stop, length, cancelled, error, timeout] = stats.finished_total;
         dict.set_item("finished_total", (stop, length, cancelled, error, timeout))?;
         Ok(dict)
@@ -238,7 +304,7 @@ fn arena(name: &'static str, object: &Bound<'_, PyAny>, expected: usize) -> PyRe
     Ok(array)
 }
 
-fn unsigned(name: &'static str, value: i64) -> PyResult<u32> {
+pub fn unsigned(name: &'static str, value: i64) -> PyResult<u32> {
     u32::try_from(value).map_err(|_| invalid(name, format!("{name} is {value}, allowed are 0 to {}", u32::MAX)))
 }
 

@@ -1,13 +1,14 @@
 //! `kvlite._core`: the names that Python sees, and nothing else.
 //!
 //! `core` (the scheduler behind a lock) · `cpu` (the ops over the paged cache) · `dense` (the ops over rows) · `buffers` (Python memory as checked slices; the one place with
-//! `unsafe`) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
+//! `unsafe`) · `reuse` (blends and segments as Python sees them) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
 
 mod buffers;
 mod core;
 mod cpu;
 mod dense;
 mod errors;
+mod reuse;
 
 use pyo3::prelude::*;
 
