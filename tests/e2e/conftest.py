@@ -23,28 +23,30 @@ POLL_S = 0.02
 
 
 class Server:
-    """A running `kvlite serve`."""
+    """A running `kvlite serve`. `key` is what its requests bring when they name none."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, key: str | None = None) -> None:
         self.port = free_port()
+        self.key = key
         command = [sys.executable, "-m", "kvlite.server", "--port", str(self.port), *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def wait_until_ready(self) -> None:
-        wait_until_ready(self.process, self.port, DEADLINE_S)
+        wait_until_ready(self.process, self.port, DEADLINE_S, self.key)
 
-    def open(self, method: str, path: str, body: object = None) -> http.client.HTTPResponse:
+    def open(self, method: str, path: str, body: object = None, key: str | None = None) -> http.client.HTTPResponse:
         """One request on a connection of its own; the response is unread."""
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         connection = http.client.HTTPConnection(HOST, self.port, timeout=DEADLINE_S)
-        connection.request(method, path, raw, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", "authorization": f"Bearer {key or self.key}"}
+        connection.request(method, path, raw, headers)
         response = connection.getresponse()
         response.connection = connection  # type: ignore[attr-defined]
         return response
 
-    def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    def call(self, method: str, path: str, body: object = None, key: str | None = None) -> tuple[int, Any]:
         """Status and JSON."""
-        response = self.open(method, path, body)
+        response = self.open(method, path, body, key)
         try:
             return response.status, json.loads(response.read())
         finally:
@@ -53,7 +55,8 @@ class Server:
     def post_raw(self, path: str, body: object) -> socket.socket:
         """A request on a bare socket, sent whole, nothing read."""
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        key = f"authorization: Bearer {self.key}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{key}content-length: {len(data)}\r\n\r\n".encode()
         connection = socket.create_connection((HOST, self.port), timeout=DEADLINE_S)
         connection.sendall(head + data)
         return connection
@@ -104,7 +107,11 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://{HOST}:{server.port}/v1", api_key="unused", max_retries=0)
+    return openai_client(server, "unused")
+
+
+def openai_client(server: Server, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://{HOST}:{server.port}/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvlite.demo import HOST
+from kvlite.demo import HOST, read_script
 
 from .conftest import DEADLINE_S
 
@@ -65,4 +65,21 @@ def test_a_second_ctrl_c_aborts(start):
             socket.create_connection((HOST, server.port), timeout=DEADLINE_S).close()
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(DEADLINE_S) == 1
+    assert "Traceback" not in server.process.stderr.read()
+
+
+def test_ctrl_c_waits_for_documents_that_are_being_made(start):
+    server = start("--drain-s", "60")
+    script = read_script()
+    body = {"documents": [{"id": f"d{n}", "text": " ".join(script.documents[n:])} for n in range(4)]}
+    before = server.metrics()["num_steps_total"]
+    connection = server.post_raw("/v1/documents", body)
+    server.wait_until(lambda metrics: metrics["num_steps_total"] > before)
+    server.process.send_signal(signal.SIGINT)
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    assert response.status == 200
+    assert [item["state"] for item in json.loads(response.read())["data"]] == ["ready"] * 4
+    connection.close()
+    assert server.process.wait(DEADLINE_S) == 0
     assert "Traceback" not in server.process.stderr.read()

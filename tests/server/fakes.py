@@ -12,6 +12,8 @@ from typing import Any
 
 import kvlite.config
 from kvlite.config import EngineConfig
+from kvlite.documents import DocumentInfo, DocumentState
+from kvlite.engine import ChatPrompt
 from kvlite.errors import UnknownDocumentError
 from kvlite.request import RequestLimits, ValidatedRequest, validate
 from kvlite.reuse_types import Document, ReuseReport
@@ -22,6 +24,7 @@ from kvlite.types import Delta, EngineStats, FinishReason, GenerationDefaults, R
 SHIPPED_MODEL = Path(kvlite.config.__file__).parent / "model"
 TOKENIZER = Tokenizer(SHIPPED_MODEL)
 MODEL = "fake"
+CREATED = 1_700_000_000.5
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 
 Step = Delta | Exception | asyncio.Event
@@ -50,31 +53,11 @@ class WatchedTokenizer(Tokenizer):
         return super().encode(text, add_special_tokens=add_special_tokens)
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    request: ValidatedRequest
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Info:
-    """What the store says of a document."""
-
-    id: str
-    title: str | None
-    tokens: int
-    pinned: bool
-    public: bool
-    expires: float | None
-    state: str = "ready"
-    created: float = 1_700_000_000.5
-
-
 class FakeDocuments:
     """The part of AsyncEngine that keeps documents, as one dictionary."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[int | None, str], Info] = {}
+        self.kept: dict[tuple[int | None, str], DocumentInfo] = {}
         self.failure: Exception | None = None
         self.hold: asyncio.Event | None = None
         self.num_making = 0
@@ -82,7 +65,7 @@ class FakeDocuments:
 
     async def create_document(
         self, document: Document, *, tenant: int = 0, public: bool = False, pinned: bool = False, ttl_s: Any = None
-    ) -> Info:
+    ) -> DocumentInfo:
         assert document.text is not None
         self.num_making += 1
         try:
@@ -94,15 +77,16 @@ class FakeDocuments:
         if self.failure is not None and "bad" in document.text:
             raise self.failure
         id = document.id or f"doc_{len(self.kept)}"
-        expires = None if ttl_s is None else 1_700_000_000.5 + ttl_s
-        info = Info(id, document.title, len(document.text), pinned, public, expires)
+        expires = None if ttl_s is None else CREATED + ttl_s
+        size, state = len(document.text), DocumentState.READY
+        info = DocumentInfo(id, document.title, size, state, pinned, public, CREATED, expires)
         self.kept[None if public else tenant, id] = info
         return info
 
-    def get_document(self, tenant: int, id: str) -> Info | None:
+    def get_document(self, tenant: int, id: str) -> DocumentInfo | None:
         return self.kept.get((tenant, id)) or self.kept.get((None, id))
 
-    def list_documents(self, tenant: int) -> list[Info]:
+    def list_documents(self, tenant: int) -> list[DocumentInfo]:
         return [info for (owner, _), info in self.kept.items() if owner in (tenant, None)]
 
     async def update_document(self, tenant: int, id: str, *, public: bool = False, pinned: Any = None, **more: Any):
@@ -158,6 +142,7 @@ class FakeEngine(FakeDocuments):
         options: RequestOptions,
         *,
         documents: Sequence[Document],
+        reuse: None,
         **variables: Any,
     ) -> ChatPrompt:
         self.documents.append(documents)

@@ -155,6 +155,7 @@ class _Routes:
                 chat.options.params,
                 chat.options.request,
                 documents=chat.documents,
+                reuse=None,
                 add_generation_prompt=chat.add_generation_prompt,
                 **chat.template_variables,
             )

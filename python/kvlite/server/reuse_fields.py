@@ -15,7 +15,7 @@ from kvlite.errors import InvalidRequestError
 from kvlite.reuse_types import ID_PATTERN, OPTIONS_CEILING, TITLE_CEILING, Document, OptionValue, Reuse, ReuseMode
 from kvlite.server.fields import Fields, parse_object, shown
 
-TTL_S_MIN, TTL_S_MAX = 0.001, 1e9
+TTL_S_MIN, TTL_S_MAX = 0.001, 10 * 365 * 24 * 3600.0
 OPTION_CHARS = 64
 OWN_OPTIONS = ("method", "recompute_ratio")
 """Of `reuse_options`; the others are those of the method."""
