@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Loop:
                     use_cache=how.use_cache and request.reuse.mode is not ReuseMode.OFF,
                     prompt_logprobs=params.prompt_logprobs is not None,
                     now_ms=now_ms,
-                    **self._blend_of(request),
+                    blend=self._blend_of(request),
                 )
         except _core.InvalidArgument as error:
             param = getattr(error, "param", "request")
@@ -113,16 +113,16 @@ class Loop:
         self._inflight.add(handle, request, seed, captured=how.captured)
         return handle
 
-    def _blend_of(self, request: ValidatedRequest) -> dict[str, Any]:
+    def _blend_of(self, request: ValidatedRequest) -> Any:
         """The core's words for what is reused; None for a request without segments to reuse."""
         if request.blending is None:
-            return {}
+            return None
         method, ratio = request.blending.method, request.blending.ratio
         spans = [(span.start, span.length) for span in request.spans]
         rounds = method.rounds(self.limits.num_layers, ratio)
         scores = None if rounds else method.scores(len(request.prompt_ids), spans)
         method_id = self._runner.methods.intern(method)
-        return {"blend": (np.asarray(spans, np.int32), method_id, ratio, list(rounds), scores, method.decode_rows)}
+        return np.asarray(spans, np.int32), method_id, ratio, list(rounds), scores, method.decode_rows
 
     def _report_of(self, handle: int, request: ValidatedRequest, cached_len: int) -> ReuseReport | None:
         """What a request that was just admitted takes from the cache."""
@@ -187,7 +187,6 @@ class Loop:
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now."""
         stats = self._core.stats()
-        more = cast("dict[str, int]", stats)
         return EngineStats(
             num_running=stats["num_running"],
             num_waiting=stats["num_waiting"],
@@ -197,12 +196,12 @@ class Loop:
             owned_blocks=stats["owned_blocks"],
             prompt_tokens=stats["prompt_tokens_total"],
             cached_tokens=stats["prefix_hit_tokens_total"],
-            blended_tokens=more.get("blended_tokens_total", 0),
-            recomputed_tokens=more.get("recomputed_tokens_total", 0),
-            segment_hit_tokens=more.get("segment_hit_tokens_total", 0),
-            num_segments=more.get("num_segments", 0),
-            segment_blocks=more.get("segment_blocks", 0),
-            pinned_blocks=more.get("pinned_blocks", 0),
+            blended_tokens=stats["blended_tokens_total"],
+            recomputed_tokens=stats["recomputed_tokens_total"],
+            segment_hit_tokens=stats["segment_hit_tokens_total"],
+            num_segments=stats["num_segments"],
+            segment_blocks=stats["segment_blocks"],
+            pinned_blocks=stats["pinned_blocks"],
             num_documents=len(self.documents),
             num_agreement_samples=self._monitor.num_samples,
             agreement=self._monitor.agreement,
