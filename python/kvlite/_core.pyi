@@ -139,7 +139,7 @@ class Core:
         """The segment of these ids that `tenant` may read: its own, else a public one."""
 
     def pin_segment(self, tenant: int, ids: _Int32, pinned: bool) -> bool:
-        """A pinned segment is never evicted. False: `tenant` has none of its own. CapacityError: requests need its room."""
+        """Spares a segment from eviction. False: `tenant` has none of its own. CapacityError: requests need it."""
 
     def drop_segment(self, tenant: int, ids: _Int32) -> bool:
         """Forgets a segment; whoever uses it keeps it until done. False: `tenant` has none of its own."""
