@@ -1,13 +1,19 @@
-//! The cache against a naive model: more than 10^6 random operations, each also applied to a plain list of paths, and a full
-//! audit after each. Vocabulary, blocks and pool are tiny, so that everything collides.
+//! The cache against a naive model: more than 10^6 random operations, each also applied to a plain list of paths and of
+//! segments, and a full audit after each. Vocabulary, blocks and pool are tiny, so that everything collides.
 //!
 //! A failing seed is printed; `KVLITE_MODEL_SEED=<seed>` replays it alone, `KVLITE_MODEL_SEEDS=<n>` runs n seeds per regime.
 
 mod naive;
+#[path = "naive/segment_operations.rs"]
+mod segment_operations;
+#[path = "naive/tree_operations.rs"]
+mod tree_operations;
 
-use kvlite_core::cache::{BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES};
+use kvlite_core::cache::{BlockState, Cache, MAX_PARTIAL_CANDIDATES, SegmentId};
 use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
-use naive::{Entry, Naive, Random, Regime};
+use naive::segments::ATTENTION_COST_TOKENS;
+use naive::{Naive, Path, Random, Regime};
+use segment_operations::NUM_SEGMENT_EVENTS;
 
 const OPERATIONS_PER_SEED: usize = 5_000;
 
@@ -21,16 +27,24 @@ struct Seen {
     full_hits: usize,
     partial_hits: usize,
     crowded_matches: usize,
+    public_hits: usize,
+    recipe_hits: usize,
+    /// Lookups of a tenant with exactly the tokens of a block that it may not read.
+    unreadable: usize,
+    segments: [usize; NUM_SEGMENT_EVENTS],
 }
 
 impl Seen {
     /// One seed is long enough for each of them.
     fn check(&self, regime: Regime) {
         assert!(self.refused > 0 && self.duplicates > 0, "too little happened: {self:?}");
+        let (min, max) = (self.segments.iter().min(), self.segments.iter().max());
+        assert!(if regime.segment_quota > 0 { min > Some(&0) } else { max == Some(&0) }, "segments: {self:?}");
         if regime.keeps_released {
             assert!(self.evicted > 100 && self.revived > 50 && self.full_hits > 1000, "too little happened: {self:?}");
             let has_parts = regime.block_size > 1;
             assert!((self.partial_hits > 100) == has_parts, "partial hits of {regime:?}: {self:?}");
+            assert!(self.public_hits > 20 && self.recipe_hits > 20 && self.unreadable > 20, "labels: {self:?}");
             assert!(self.crowded_matches > 0 || !regime.must_crowd, "crowded parents of {regime:?}: {self:?}");
         }
     }
@@ -41,7 +55,9 @@ struct Pair {
     cache: Cache,
     naive: Naive,
     random: Random,
-    pins: Vec<(u32, Vec<Token>, BlockId)>,
+    pins: Vec<(Path, BlockId)>,
+    /// Every segment's name so far.
+    named_segments: Vec<SegmentId>,
     out: Vec<BlockId>,
     seen: Seen,
 }
@@ -58,160 +74,40 @@ impl Pair {
             vocab_size: 8,
             enable_prefix_caching: regime.keeps_released,
             policy: PolicyKind::Fcfs,
-            attention_cost_tokens: 1,
+            attention_cost_tokens: ATTENTION_COST_TOKENS,
             reserve_tokens: 0,
             watermark_ratio: 1.0,
-            segment_cache_ratio: 0.5,
+            segment_cache_ratio: (regime.segment_quota as f64 + 0.5) / (regime.num_blocks as f64 + 0.5),
             model_digest: 0,
             canonical_prefix: vec![],
             max_segments: 4,
             hash_seed: seed,
         };
-        let naive = Naive { regime, entries: vec![], private: vec![], in_transfer: vec![], named: vec![], clock: 0 };
-        let random = Random(seed ^ regime.name << 32);
-        Pair { cache: Cache::new(&config), naive, random, pins: vec![], out: vec![], seen: Seen::default() }
-    }
-
-    fn tokens(&mut self, len: usize, vocab: u64) -> Vec<Token> {
-        // Long blocks differ in about one token, or no two would ever be alike.
-        let sparse = if self.naive.regime.block_size > 3 { self.naive.regime.block_size as u64 } else { 1 };
-        let random = &mut self.random;
-        (0..len).map(|_| if random.below(sparse) == 0 { random.below(vocab) as Token } else { 0 }).collect()
-    }
-
-    fn tenant(&mut self) -> u32 {
-        self.random.below(self.naive.regime.tenants) as u32
-    }
-
-    /// A prompt: random, or a stored path with a random tail, cut anywhere.
-    fn prompt(&mut self) -> (u32, Vec<Token>) {
-        let (mut tenant, mut tokens) = (self.tenant(), Vec::new());
-        if !self.naive.entries.is_empty() && self.random.below(4) > 0 {
-            let entry = &self.naive.entries[self.random.index(self.naive.entries.len())];
-            (tenant, tokens) = (entry.tenant, entry.path.clone());
-            let cut = self.random.index(tokens.len() + 1);
-            tokens.truncate(cut);
-        }
-        let len = self.random.index(3 * self.naive.regime.block_size + 1);
-        tokens.extend(self.tokens(len, self.naive.regime.vocab));
-        (tenant, tokens)
-    }
-
-    /// Matches in both; returns the path of the last hit.
-    fn match_both(&mut self) -> Option<(u32, Vec<Token>, BlockId)> {
-        let (tenant, tokens) = self.prompt();
-        let max_blocks = if self.random.below(4) == 0 { self.random.index(4) } else { usize::MAX };
-        self.out.clear();
-        let lookup = Lookup::exact(Label::exact(TenantId(tenant)));
-        let partial = self.cache.match_prefix(lookup, &tokens, max_blocks, &mut self.out);
-        let (hits, naive_partial) = self.naive.longest_match(tenant, &tokens, max_blocks);
-        assert_eq!(self.out, hits, "hits of {tokens:?}, at most {max_blocks}, tenant {tenant}");
-        assert_eq!(partial, naive_partial, "partial hit of {tokens:?}, at most {max_blocks}, tenant {tenant}");
-        self.seen.full_hits += hits.len();
-        let path = &tokens[..hits.len() * self.naive.regime.block_size];
-        let num_children = self.naive.children(tenant, path).len();
-        self.seen.crowded_matches += usize::from(!hits.is_empty() && num_children > MAX_PARTIAL_CANDIDATES);
-        self.seen.partial_hits += usize::from(partial.is_some());
-        let last = *hits.last()?;
-        Some((tenant, path.to_vec(), last))
-    }
-
-    fn alloc(&mut self) {
-        let limit = if self.random.below(8) == 0 { self.naive.regime.num_blocks + 2 } else { 4 };
-        let count = self.random.index(limit);
-        let after = match self.random.below(3) {
-            0 => self.naive.private.last().copied(),
-            1 => self.pins.last().map(|pin| pin.2),
-            _ => None,
+        let naive = Naive {
+            regime,
+            entries: vec![],
+            private: vec![],
+            in_transfer: vec![],
+            segments: vec![],
+            segment_clock: 0,
+            named: vec![],
+            clock: 0,
         };
-        let counts = self.naive.counts();
-        self.out.clear();
-        let done = self.cache.alloc(count, after, &mut self.out);
-        assert_eq!(done, count <= counts.free + counts.cached, "alloc of {count} with {counts:?}");
-        assert_eq!(self.out.len(), if done { count } else { 0 }, "alloc is all or nothing");
-        if !done {
-            self.seen.refused += 1;
-            return;
+        Pair {
+            cache: Cache::new(&config),
+            naive,
+            random: Random(seed ^ regime.name << 32),
+            pins: vec![],
+            named_segments: vec![],
+            out: vec![],
+            seen: Seen::default(),
         }
-        for _ in counts.free..count {
-            self.naive.evict();
-            self.seen.evicted += 1;
-        }
-        for &block in &self.out {
-            assert!((block.index as usize) < self.naive.regime.num_blocks, "{block:?} is not in the pool");
-            assert!(!self.naive.named.contains(&block), "{block:?} was given away before");
-            let taken = self.naive.entries.iter().map(|entry| &entry.block).chain(&self.naive.private);
-            let is_taken = taken.chain(&self.naive.in_transfer).any(|other| other.index == block.index);
-            assert!(!is_taken, "{block:?} is given away while in use");
-            self.naive.private.push(block);
-            self.naive.named.retain(|old| old.index != block.index);
-            self.naive.named.push(block);
-        }
-    }
-
-    /// The pin below which the next block goes; none for a new first block.
-    fn parent(&mut self) -> Option<usize> {
-        if self.pins.is_empty() || self.random.below(6) == 0 {
-            return None;
-        }
-        // Half of the time a shortest path, so that some block gets more children than a match looks at.
-        let shortest = (0..self.pins.len()).min_by_key(|&pin| self.pins[pin].1.len());
-        if self.random.below(2) == 0 { shortest } else { Some(self.random.index(self.pins.len())) }
-    }
-
-    fn insert(&mut self) {
-        if self.naive.private.is_empty() {
-            return;
-        }
-        let at = self.random.index(self.naive.private.len());
-        let block = self.naive.private[at];
-        let parent = self.parent();
-        let tenant = self.tenant();
-        let (tenant, mut path, above) = parent
-            .map_or((tenant, vec![], None), |pin| (self.pins[pin].0, self.pins[pin].1.clone(), Some(self.pins[pin].2)));
-        // Few first blocks, so that paths share them.
-        let vocab = if parent.is_none() && self.random.below(4) > 0 { 1 } else { self.naive.regime.vocab };
-        let tokens = self.tokens(self.naive.regime.block_size, vocab);
-        path.extend(&tokens);
-        let done = self.cache.insert(Label::exact(TenantId(tenant)), above, &tokens, block);
-        match self.naive.position(tenant, &path) {
-            Some(existing) => {
-                let existing = self.naive.entries[existing].block;
-                assert_eq!(done, Inserted::Duplicate(existing), "{path:?} is stored already");
-                self.seen.duplicates += 1;
-                self.naive.pin(tenant, &path);
-                self.pins.push((tenant, path, existing));
-            }
-            None => {
-                assert_eq!(done, Inserted::New, "{path:?} is not stored");
-                let born = self.naive.tick();
-                self.naive.private.swap_remove(at);
-                self.naive.entries.push(Entry { tenant, path: path.clone(), block, users: 1, released: None, born });
-                self.pins.push((tenant, path, block));
-            }
-        }
-        // A sequence moves its pin to the end of its path; a fork leaves one behind.
-        if let Some(pin) = parent
-            && self.random.below(2) == 0
-        {
-            self.unpin(pin);
-        }
-    }
-
-    fn unpin(&mut self, pin: usize) {
-        let (tenant, path, block) = self.pins.swap_remove(pin);
-        self.cache.unpin(block);
-        self.naive.unpin(tenant, &path);
-    }
-
-    fn pin(&mut self, pin: (u32, Vec<Token>, BlockId)) {
-        self.seen.revived += usize::from(self.cache.state(pin.2) == BlockState::Cached);
-        self.cache.pin(pin.2);
-        self.naive.pin(pin.0, &pin.1);
-        self.pins.push(pin);
     }
 
     fn step(&mut self) {
+        if self.naive.regime.segment_quota > 0 && self.random.below(3) == 0 {
+            return self.step_segments();
+        }
         match self.random.below(100) {
             0..20 => self.alloc(),
             20..48 => self.insert(),
@@ -223,7 +119,7 @@ impl Pair {
             58..62 => {
                 if !self.naive.entries.is_empty() {
                     let entry = &self.naive.entries[self.random.index(self.naive.entries.len())];
-                    self.pin((entry.tenant, entry.path.clone(), entry.block));
+                    self.pin((entry.path.clone(), entry.block));
                 }
             }
             62..84 => {
@@ -259,6 +155,7 @@ impl Pair {
                 if self.random.below(8) == 0 {
                     self.cache.clear();
                     self.naive.entries.retain(|entry| entry.released.is_none());
+                    self.naive.segments.retain(|segment| !segment.is_cached());
                 }
             }
         }
@@ -274,8 +171,13 @@ impl Pair {
         for entry in &self.naive.entries {
             let expected = if entry.released.is_some() { BlockState::Cached } else { BlockState::Owned };
             assert_eq!(self.cache.state(entry.block), expected, "{:?}", entry.path);
-            assert_eq!(self.cache.label(entry.block), Some(Label::exact(TenantId(entry.tenant))));
+            assert_eq!(self.cache.label(entry.block), entry.path.last().map(|last| last.0));
         }
+        for label in [Label::recipe(0), Label::recipe(1)] {
+            let labelled = self.naive.entries.iter().filter(|entry| entry.path.last().expect("not empty").0 == label);
+            assert_eq!(self.cache.labelled(label), labelled.count(), "blocks of {label:?}");
+        }
+        self.compare_segments();
         self.match_both();
     }
 }
@@ -315,8 +217,16 @@ fn run(regime: Regime, default_seeds: u64) {
     }
 }
 
-const TINY: Regime =
-    Regime { name: 1, num_blocks: 10, block_size: 2, vocab: 2, tenants: 2, must_crowd: false, keeps_released: true };
+const TINY: Regime = Regime {
+    name: 1,
+    num_blocks: 10,
+    block_size: 2,
+    vocab: 2,
+    tenants: 2,
+    must_crowd: false,
+    keeps_released: true,
+    segment_quota: 0,
+};
 
 #[test]
 fn random_operations_agree_with_the_naive_cache_where_everything_collides() {
@@ -341,4 +251,14 @@ fn random_operations_agree_with_the_naive_cache_when_nothing_is_kept() {
 #[test]
 fn random_operations_agree_with_the_naive_cache_at_the_usual_block_size() {
     run(Regime { name: 5, num_blocks: 20, block_size: 16, vocab: 2, tenants: 1, ..TINY }, 40);
+}
+
+#[test]
+fn random_operations_agree_with_the_naive_cache_and_store_where_segments_and_prefixes_share_the_pool() {
+    run(Regime { name: 6, num_blocks: 16, segment_quota: 9, ..TINY }, 100);
+}
+
+#[test]
+fn random_operations_agree_with_the_naive_store_when_prefixes_are_not_kept() {
+    run(Regime { name: 7, num_blocks: 12, block_size: 3, segment_quota: 8, keeps_released: false, ..TINY }, 40);
 }

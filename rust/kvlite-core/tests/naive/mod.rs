@@ -2,13 +2,18 @@
 //!
 //! The oracle of `tests/model.rs`. Owns no blocks: it is told which names the cache gave away. Nothing here is clever.
 
-use kvlite_core::cache::{BlockCounts, MAX_PARTIAL_CANDIDATES, PartialHit};
-use kvlite_core::{BlockId, Token};
+pub mod segments;
 
-/// One stored block: a whole path of tokens and what is known about its end.
+use kvlite_core::cache::{BlockCounts, MAX_PARTIAL_CANDIDATES, PartialHit, SegmentState};
+use kvlite_core::{BlockId, Label, Lookup, Token};
+use segments::Segment;
+
+/// Tokens from the root on, each with the label of its block.
+pub type Path = Vec<(Label, Token)>;
+
+/// One stored block: its whole path and what is known about its end.
 pub struct Entry {
-    pub tenant: u32,
-    pub path: Vec<Token>,
+    pub path: Path,
     pub block: BlockId,
     pub users: u32,
     /// When the entry lost its last protection; none while it is protected.
@@ -22,6 +27,9 @@ pub struct Naive {
     pub entries: Vec<Entry>,
     pub private: Vec<BlockId>,
     pub in_transfer: Vec<BlockId>,
+    pub segments: Vec<Segment>,
+    /// Priority of the last segment evicted.
+    pub segment_clock: u128,
     /// Every name the cache has given away so far.
     pub named: Vec<BlockId>,
     pub clock: u64,
@@ -33,17 +41,19 @@ impl Naive {
         self.clock
     }
 
-    pub fn position(&self, tenant: u32, path: &[Token]) -> Option<usize> {
-        self.entries.iter().position(|entry| entry.tenant == tenant && entry.path == path)
+    pub fn position(&self, path: &[(Label, Token)]) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.path == path)
     }
 
-    pub fn is_protected(&self, tenant: u32, path: &[Token]) -> bool {
-        self.entries.iter().any(|entry| entry.tenant == tenant && entry.users > 0 && entry.path.starts_with(path))
+    fn is_protected(&self, path: &[(Label, Token)]) -> bool {
+        self.entries.iter().any(|entry| entry.users > 0 && entry.path.starts_with(path))
     }
 
     pub fn counts(&self) -> BlockCounts {
-        let cached = self.entries.iter().filter(|entry| entry.released.is_some()).count();
-        let owned = self.entries.len() - cached + self.private.len();
+        let in_tree = self.entries.iter().filter(|entry| entry.released.is_some()).count();
+        let idle: usize = self.segments.iter().filter(|segment| segment.is_cached()).map(Segment::num_held).sum();
+        let cached = in_tree + idle;
+        let owned = self.entries.len() + self.segment_blocks() - cached + self.private.len();
         let in_transfer = self.in_transfer.len();
         BlockCounts { free: self.regime.num_blocks - cached - owned - in_transfer, cached, owned, in_transfer }
     }
@@ -53,29 +63,38 @@ impl Naive {
         released.min_by_key(|&at| self.entries[at].released)
     }
 
-    pub fn evict(&mut self) {
-        let at = self.oldest().expect("something is cached");
-        let gone = self.entries.swap_remove(at);
-        let has_tail =
-            self.entries.iter().any(|entry| entry.tenant == gone.tenant && entry.path.starts_with(&gone.path));
-        assert!(!has_tail, "the model evicts {:?} from the middle of a path", gone.path);
+    /// Evicts until `count` blocks are free: from the tree, then whole segments; says how many of each.
+    pub fn evict_for(&mut self, count: usize) -> (usize, usize) {
+        let (mut num_blocks, mut num_segments) = (0, 0);
+        while self.counts().free < count {
+            let Some(at) = self.oldest() else {
+                self.evict_segment();
+                num_segments += 1;
+                continue;
+            };
+            let gone = self.entries.swap_remove(at);
+            let has_tail = self.entries.iter().any(|entry| entry.path.starts_with(&gone.path));
+            assert!(!has_tail, "the model evicts {:?} from the middle of a path", gone.path);
+            num_blocks += 1;
+        }
+        (num_blocks, num_segments)
     }
 
-    pub fn pin(&mut self, tenant: u32, path: &[Token]) {
-        let at = self.position(tenant, path).expect("only stored paths are pinned");
+    pub fn pin(&mut self, path: &[(Label, Token)]) {
+        let at = self.position(path).expect("only stored paths are pinned");
         self.entries[at].users += 1;
-        for entry in self.entries.iter_mut().filter(|entry| entry.tenant == tenant && path.starts_with(&entry.path)) {
+        for entry in self.entries.iter_mut().filter(|entry| path.starts_with(&entry.path)) {
             entry.released = None;
         }
     }
 
-    pub fn unpin(&mut self, tenant: u32, path: &[Token]) {
-        let at = self.position(tenant, path).expect("only stored paths are pinned");
+    pub fn unpin(&mut self, path: &[(Label, Token)]) {
+        let at = self.position(path).expect("only stored paths are pinned");
         self.entries[at].users -= 1;
         for len in (1..=path.len() / self.regime.block_size).rev() {
             let prefix = &path[..len * self.regime.block_size];
-            let at = self.position(tenant, prefix).expect("a stored path is stored from its beginning");
-            if !self.is_protected(tenant, prefix) && self.entries[at].released.is_none() {
+            let at = self.position(prefix).expect("a stored path is stored from its beginning");
+            if !self.is_protected(prefix) && self.entries[at].released.is_none() {
                 self.entries[at].released = Some(self.tick());
                 if !self.regime.keeps_released {
                     self.entries.swap_remove(at);
@@ -84,41 +103,49 @@ impl Naive {
         }
     }
 
-    pub fn children(&self, tenant: u32, path: &[Token]) -> Vec<&Entry> {
+    pub fn children(&self, path: &[(Label, Token)]) -> Vec<&Entry> {
         let len = path.len() + self.regime.block_size;
-        let is_child =
-            |entry: &&Entry| entry.tenant == tenant && entry.path.len() == len && entry.path.starts_with(path);
-        self.entries.iter().filter(is_child).collect()
+        self.entries.iter().filter(|entry| entry.path.len() == len && entry.path.starts_with(path)).collect()
     }
 
+    /// The path of the full hits, their blocks, and the partial hit.
     pub fn longest_match(
         &self,
-        tenant: u32,
+        lookup: Lookup,
         tokens: &[Token],
         max_blocks: usize,
-    ) -> (Vec<BlockId>, Option<PartialHit>) {
+    ) -> (Path, Vec<BlockId>, Option<PartialHit>) {
         let block_size = self.regime.block_size;
-        let mut hits = Vec::new();
+        let (mut path, mut hits) = (Path::new(), Vec::new());
         if !self.regime.keeps_released {
-            return (hits, None);
+            return (path, hits, None);
         }
-        while hits.len() < max_blocks && tokens.len() >= (hits.len() + 1) * block_size {
-            match self.position(tenant, &tokens[..(hits.len() + 1) * block_size]) {
-                Some(at) => hits.push(self.entries[at].block),
-                None => break,
-            }
+        let readable = |block: usize| match lookup.recipe {
+            Some((label, from_block)) if block >= from_block => vec![label],
+            _ => vec![lookup.own, Label::PUBLIC],
+        };
+        while hits.len() < max_blocks && tokens.len() >= path.len() + block_size {
+            let block = &tokens[path.len()..][..block_size];
+            let longer =
+                |label| path.iter().copied().chain(block.iter().map(|&token| (label, token))).collect::<Path>();
+            let mut candidates = readable(hits.len()).into_iter().map(longer);
+            let Some(next) = candidates.find(|path| self.position(path).is_some()) else { break };
+            path = next;
+            hits.push(self.entries[self.position(&path).expect("just found")].block);
         }
-        let (known, rest) = tokens.split_at(hits.len() * block_size);
-        let mut children = self.children(tenant, known);
+        let rest = &tokens[path.len()..];
+        let mut children = self.children(&path);
         children.sort_by_key(|entry| std::cmp::Reverse(entry.born));
         children.truncate(if hits.is_empty() { 0 } else { MAX_PARTIAL_CANDIDATES });
+        children.retain(|entry| readable(hits.len()).contains(&entry.path[path.len()].0));
         let shared = |entry: &Entry| {
-            let same = entry.path[known.len()..].iter().zip(rest).take_while(|(have, want)| have == want).count();
+            let same = entry.path[path.len()..].iter().zip(rest).take_while(|(have, want)| have.1 == **want).count();
             same.min(block_size - 1)
         };
         let longest = children.iter().map(|entry| shared(entry)).max().unwrap_or(0);
         let best = children.iter().find(|entry| longest > 0 && shared(entry) == longest);
-        (hits, best.map(|entry| PartialHit { block: entry.block, len: longest as u32 }))
+        let partial = best.map(|entry| PartialHit { block: entry.block, len: longest as u32 });
+        (path, hits, partial)
     }
 }
 
@@ -133,6 +160,8 @@ pub struct Regime {
     /// Whether some block is to get more children than a match looks at.
     pub must_crowd: bool,
     pub keeps_released: bool,
+    /// Blocks that segments may hold; 0: there are none.
+    pub segment_quota: usize,
 }
 
 /// SplitMix64: random enough, and the same everywhere.
