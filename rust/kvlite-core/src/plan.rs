@@ -5,9 +5,13 @@
 //! and fixed offsets for the life of a core; a write past a region's capacity is our own fault and panics.
 //! Written by `core::schedule` once per step; golden-tested in `tests/plan_golden.rs`.
 
+mod view;
+
 use std::ops::Range;
 
 use crate::config::CoreConfig;
+
+pub use view::PlanView;
 
 /// Regions of a plan, in arena order. `DonePlanId` and what follows it are inputs, written by the runner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -367,61 +371,5 @@ impl<'a> PlanWriter<'a> {
         assert!(at < spec.rows && COLS == spec.cols, "region {} is full: room() is asked first", spec.name);
         self.arena[spec.offset + at * COLS..][..COLS].copy_from_slice(&row);
         self.counts[region as usize] = at + 1;
-    }
-}
-
-/// Reads one written plan; used by tests, benches and the binding's debug view.
-#[derive(Clone, Copy)]
-pub struct PlanView<'a> {
-    layout: &'a Layout,
-    arena: &'a [i32],
-}
-
-impl<'a> PlanView<'a> {
-    /// Looks at `arena`, which `step` has filled.
-    pub fn new(layout: &'a Layout, arena: &'a [i32]) -> PlanView<'a> {
-        PlanView { layout, arena }
-    }
-
-    /// One header field.
-    pub fn header(&self, field: Header) -> i32 {
-        self.arena[field as usize]
-    }
-
-    /// The first `rows` rows of a region, flat and row-major.
-    pub fn flat(&self, region: Region, rows: usize) -> &'a [i32] {
-        let spec = self.layout.region(region);
-        &self.arena[spec.offset..][..rows * spec.cols]
-    }
-
-    /// The filled rows of a counted region, `COLS` integers each.
-    pub fn rows<const COLS: usize>(&self, region: Region) -> impl Iterator<Item = [i32; COLS]> + 'a {
-        let count = match region {
-            Region::Sample => Header::NumSamples,
-            Region::BlockUpdate => Header::NumBlockUpdates,
-            Region::Place => Header::NumPlaces,
-            Region::SourceBlocks => Header::NumSourceBlocks,
-            Region::Score => Header::NumScores,
-            Region::BlockCopy => Header::NumBlockCopies,
-            Region::Admitted => Header::NumAdmitted,
-            Region::Committed => Header::NumCommitted,
-            Region::Finished => Header::NumFinished,
-            _ => panic!("region {region:?} has no row count of its own"),
-        };
-        assert_eq!(self.layout.region(region).cols, COLS, "columns of {region:?}");
-        let rows = self.header(count) as usize;
-        self.flat(region, rows).chunks_exact(COLS).map(|row| row.try_into().expect("chunks have COLS integers"))
-    }
-
-    /// Rebuilds full block tables: applies this plan's changes to `tables` (`[max_num_seqs][blocks]`).
-    pub fn expand(&self, tables: &mut [Vec<u32>]) {
-        for [seq_row, index, block] in self.rows::<3>(Region::BlockUpdate) {
-            let table = &mut tables[seq_row as usize];
-            let index = index as usize;
-            if table.len() <= index {
-                table.resize(index + 1, u32::MAX);
-            }
-            table[index] = block as u32;
-        }
     }
 }

@@ -128,12 +128,14 @@ fn a_plan_made_while_scores_are_in_flight_leaves_the_sequence_out() {
     driver.drain();
 }
 
+/// Documents, where they stand, what becomes of them.
+type Pattern<'a> = (&'a [&'a [i32]], &'a [(u32, u32)], &'a [SpanOutcome]);
+
 #[test]
 fn every_hit_pattern_places_what_is_there_and_computes_the_rest() {
-    // (spans with their segments' salts, 0 for one that can never be stored), expected outcomes
     use SpanOutcome::{Hit, Made};
     let (a, b) = (text(5, 6), text(6, 1));
-    let patterns: [(&[&[i32]], &[(u32, u32)], &[SpanOutcome]); 5] = [
+    let patterns: [Pattern<'_>; 5] = [
         (&[&a, &b], &[(2, 6), (10, 1)], &[Hit, Hit]),
         (&[&b, &a], &[(2, 1), (5, 6)], &[Hit, Hit]),  // reordered
         (&[&a, &a], &[(2, 6), (10, 6)], &[Hit, Hit]), // the same twice
