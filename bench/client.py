@@ -162,10 +162,12 @@ async def find_model(address: Address, api_key: str | None, timeout_s: float = 1
     raise BenchError(f"{address} answers no OpenAI API: GET /v1/models gave {body[:80]!r}")
 
 
-async def completion(address: Address, fields: dict[str, Any], api_key: str | None) -> AsyncGenerator[Piece]:
-    """Streams /v1/completions. Raises RequestError for an error, also in mid-stream, and for a stream without end."""
+async def completion(
+    address: Address, fields: dict[str, Any], api_key: str | None, path: str = "/v1/completions"
+) -> AsyncGenerator[Piece]:
+    """Streams the answer. Raises RequestError for an error, also in mid-stream, and for a stream without end."""
     body = json.dumps(fields | {"stream": True, "stream_options": {"include_usage": True}}).encode()
-    async with exchange(address, "POST", "/v1/completions", body, api_key) as response:
+    async with exchange(address, "POST", path, body, api_key) as response:
         if response.status != 200:
             raise RequestError(complaint(response.status, await response.whole()))
         pending = b""
@@ -188,7 +190,7 @@ def parse_event(event: bytes) -> Piece:
             raise RequestError(complaint(200, event))
         choices = chunk.get("choices") or []
         ids = tuple(int(token) for choice in choices for token in choice.get("token_ids") or ())
-        text = any(choice.get("text") for choice in choices)
+        text = any(choice.get("text") or (choice.get("delta") or {}).get("content") for choice in choices)
         return Piece(len(ids) or int(text), ids, chunk.get("usage"))
     except (ValueError, AttributeError, TypeError):
         raise RequestError(f"an event that is no completion chunk: {event[:80]!r}") from None

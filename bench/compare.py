@@ -28,7 +28,7 @@ from .make_model import available_bytes
 from .metrics import Record, percentile
 from .options import model_directory
 from .report import finish, origin
-from .serve import Server
+from .server import Server
 from .targets import TARGETS, Launch, Target, TargetError, free_port, running
 from .workloads import Job, Workload
 

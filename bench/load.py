@@ -32,6 +32,7 @@ async def ask(job: Job, send: Send, due_s: float, timeout_s: float) -> Record:
                     record.num_tokens += piece.num_tokens
                 if piece.usage is not None:
                     record.usage_tokens = piece.usage.get("completion_tokens")
+                    record.prompt_tokens = record.prompt_tokens or piece.usage.get("prompt_tokens") or 0
                     details = piece.usage.get("prompt_tokens_details") or {}
                     record.cached_tokens = details.get("cached_tokens") or 0
         if not record.piece_s:

@@ -3,9 +3,10 @@
 Physics. A server decodes for everybody at once: more requests at a time give more tokens per second until its step is
 bound by arithmetic, and each of them waits longer per token. So one figure says nothing: this prints time to first
 token, between tokens and to the end, tokens per second, and goodput (requests per second that met the objective
-`--slo-ttft-ms`, `--slo-tpot-ms`), for a closed loop of N clients, for Poisson arrivals, or for a trace; `--ramp` raises
-the Poisson rate by half until fewer than 90 % meet the objective. Waiting counts from the due time (see load.py); `lag`
-is how late the client itself was, and must be small beside the rest.
+`--slo-ttft-ms`, `--slo-tpot-ms`), for a closed loop of N clients, for Poisson arrivals, for a trace, or (w3) for chats
+over documents, blended and by prefix; `--ramp` raises the Poisson rate by half until fewer than 90 % meet the
+objective. Waiting counts from the due time (see load.py); `lag` is how late the client itself was, and must be small
+beside the rest.
 
 Correctness first: one request must give exactly the tokens that it asks for. Tokens are counted by this client.
 """
@@ -15,47 +16,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kvlite.progress import Bar
 
-from . import workloads
-from .client import Address, Piece, RequestError, completion, find_model
+from . import retrieval, workloads
+from .client import Address, RequestError, find_model
 from .errors import BenchError
-from .load import closed_loop, open_loop
-from .metrics import Objective, Record, summary
+from .load import closed_loop
+from .metrics import Objective
 from .report import finish, origin
+from .server import Server, conclude, ramp, run_open
 from .workloads import Job, Scaling, Workload
 
 GATE_TOKENS = 8
-RAMP_FACTOR = 1.5
-RAMP_STAGES = 16
-SATURATED = 0.9
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where the jobs go, and how they are worded."""
-
-    address: Address
-    model: str
-    api_key: str | None
-    plain: bool
-    """Only fields that OpenAI knows."""
-
-    async def send(self, job: Job) -> AsyncGenerator[Piece]:
-        """The pieces of one answer, greedy, exactly `max_tokens` tokens."""
-        fields: dict[str, Any] = {"model": self.model, "prompt": list(job.prompt), "max_tokens": job.max_tokens}
-        fields |= {"temperature": 0.0}
-        if not self.plain:
-            fields |= {"ignore_eos": True, "return_token_ids": True}
-        async with aclosing(completion(self.address, fields, self.api_key)) as pieces:
-            async for piece in pieces:
-                yield piece
 
 
 async def check(server: Server, vocab: int) -> int:
@@ -103,42 +79,6 @@ def trace_workload(options: argparse.Namespace, max_len: int) -> tuple[Workload,
     return Workload("trace", jobs, 0), left_out
 
 
-def conclude(name: str, records: list[Record], objective: Objective) -> dict[str, Any]:
-    """Prints one run; its figures. Raises BenchError when not one request succeeded."""
-    figures = summary(records, objective)
-    if figures["errors"] == len(records):
-        raise BenchError(f"{name}: all {len(records)} requests failed: {records[0].error}")
-    line = f"{name:12} {figures['tokens_per_s']:9.1f} tok/s  goodput {figures['goodput_rps']:7.2f} req/s"
-    for kind in ("ttft", "itl", "e2e"):
-        if f"{kind}_ms_p50" in figures:
-            line += f"  {kind} {figures[f'{kind}_ms_p50']:.1f} / {figures[f'{kind}_ms_p99']:.1f} ms"
-    print(line, flush=True)
-    for error, count in figures.get("error_kinds", {}).items():
-        print(f"  {count} failed: {error}")
-    return figures
-
-
-async def run_open(server: Server, jobs: list[Job], options: argparse.Namespace, name: str) -> list[Record]:
-    """One open-loop run under a progress bar."""
-    with Bar(name, unit="requests") as bar:
-        return await open_loop(jobs, server.send, options.timeout_s, bar.update)
-
-
-async def ramp(server: Server, jobs: list[Job], options: argparse.Namespace, objective: Objective) -> dict[str, Any]:
-    """Poisson arrivals at rising rates until the objective is missed; the last rate that held."""
-    stages: list[dict[str, Any]] = []
-    rate, held = options.rate, 0.0
-    for stage in range(RAMP_STAGES):
-        due = workloads.poisson(jobs, rate, options.seed + stage)
-        name = f"{rate:.2f} req/s"
-        figures = conclude(name, await run_open(server, due, options, name), objective)
-        stages.append({"rate": round(rate, 4)} | figures)
-        if figures["slo_share"] < SATURATED:
-            break
-        held, rate = rate, rate * RAMP_FACTOR
-    return {"saturation_rps": round(held, 4), "stages": stages}
-
-
 async def run(server: Server, options: argparse.Namespace, max_len: int) -> dict[str, Any]:
     """Check, then everything that was asked for."""
     objective = Objective(options.slo_ttft_ms, options.slo_tpot_ms)
@@ -148,6 +88,8 @@ async def run(server: Server, options: argparse.Namespace, max_len: int) -> dict
         workload, left_out = trace_workload(options, max_len)
         records = await run_open(server, workload.jobs, options, "trace")
         return figures | {"left_out": left_out, "trace": conclude("trace", records, objective)}
+    if options.workload == "w3":
+        return figures | await retrieval.run(server, options, objective)
     for workload in closed_workloads(options):
         if options.ramp:
             figures[workload.name] = await ramp(server, workload.jobs, options, objective)
@@ -172,7 +114,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="name in the API (default: the first of /v1/models)")
     parser.add_argument("--api-key")
     parser.add_argument("--plain", action="store_true", help="send only fields that OpenAI knows")
-    parser.add_argument("--workload", choices=("w1", "w2", "w4"), default="w1")
+    parser.add_argument("--workload", choices=("w1", "w2", "w3", "w4"), default="w1")
+    parser.add_argument("--recompute-ratio", type=float, default=0.15, help="of w3's blended requests")
     parser.add_argument("--num-requests", type=int, help="requests per run")
     parser.add_argument("--concurrency", type=int, help="clients of a closed loop")
     parser.add_argument("--rate", type=float, help="requests per second, Poisson arrivals instead of a closed loop")
@@ -188,6 +131,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of one request")
     parser.add_argument("--save", action="store_true", help="also write bench/results/serve.json")
     options = parser.parse_args(arguments)
+    if options.workload == "w3" and (options.plain or options.trace is not None or options.concurrency):
+        raise BenchError("--workload w3 has documents, which --plain, --trace and --concurrency leave no room for")
     if options.ramp and (options.rate is None or options.trace is not None):
         raise BenchError("--ramp needs --rate, its first rate, and no --trace")
     if options.rate is not None and options.trace is not None:

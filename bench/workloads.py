@@ -1,4 +1,4 @@
-"""What is asked, and when: workloads W1, W2 and W4, Poisson arrivals, and traces (Mooncake's JSON lines, Azure's CSV).
+"""What is asked, and when: workloads W1 to W4, Poisson arrivals, and traces (Mooncake's JSON lines, Azure's CSV).
 
 Pure: a workload is a list of jobs, a function of its arguments and seed; nothing here waits or sends. Prompts are token
 ids, so that every engine gets the same ones. A bad line of a trace is an error that names file, line and field.
@@ -27,6 +27,9 @@ LONGEST = 1 << 20
 """A longer request in a trace is taken for a broken line."""
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
 @dataclass(frozen=True)
 class Job:
     """One request; `at_s` is its due time after the start, unused in a closed loop."""
@@ -34,6 +37,10 @@ class Job:
     prompt: tuple[int, ...]
     max_tokens: int
     at_s: float = 0.0
+    documents: tuple[str, ...] = ()
+    """Texts of a chat over documents, which then has no `prompt` ..."""
+    question: str = ""
+    """... but a question; every such chat has one system message."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,29 @@ def shared_prefixes(num_requests: int, vocab: int, seed: int, concurrency: int =
     return Workload("w2", jobs, concurrency)
 
 
+def words(seed: str, count: int) -> str:
+    """A text that depends on the arguments alone: letters and digits, one or two tokens each in any tokenizer."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(LETTERS) for _ in range(count))
+
+
+def retrieval(num_requests: int, seed: int, concurrency: int = 1) -> Workload:
+    """W3: chats over 6 of 12 documents of some 256 tokens in random order, a question of some 32, 16 out."""
+    draw = random.Random(f"w3 {seed}")
+    jobs = [
+        Job((), 16, documents=tuple(draw.sample(W3_POOL, 6)), question=words(f"w3 asks {seed} {idx}", 24))
+        for idx in range(num_requests)
+    ]
+    return Workload("w3", jobs, concurrency)
+
+
 def streams(num_requests: int, vocab: int, seed: int, concurrency: int) -> Workload:
     """W4: decode with 1 or 8 streams at once, 64 in, 128 out."""
     jobs = [Job(tokens(f"w4 {seed} {idx}", 64, vocab), 128) for idx in range(num_requests)]
     return Workload(f"w4_{concurrency}", jobs, concurrency)
+
+
+W3_POOL = [words(f"w3 document {idx}", 200) for idx in range(12)]
 
 
 def poisson(jobs: list[Job], rate: float, seed: int) -> list[Job]:

@@ -16,7 +16,8 @@ import pytest
 from kvlite.bench.__main__ import main
 from kvlite.bench.client import Piece
 from kvlite.bench.metrics import Objective
-from kvlite.bench.serve import parse, ramp
+from kvlite.bench.serve import parse
+from kvlite.bench.server import ramp
 from kvlite.bench.workloads import Job
 from tests.bench.virtual import run_virtual
 

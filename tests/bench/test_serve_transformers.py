@@ -18,8 +18,8 @@ from kvlite import Engine, SamplingParams
 from kvlite.bench import make_model
 from kvlite.bench.client import Address, RequestError
 from kvlite.bench.make_model import Shape
-from kvlite.bench.serve import Server
 from kvlite.bench.serve_transformers import MAX_BATCH, Batcher, Waiting, handler
+from kvlite.bench.server import Server
 from kvlite.bench.workloads import Job
 
 
