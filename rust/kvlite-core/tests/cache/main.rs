@@ -1,8 +1,10 @@
-//! What the prefix cache promises, one sentence per test. Random operations are in `model.rs`.
+//! What the cache promises, one sentence per test. Random operations are in `model.rs`.
 
+mod labels;
 mod matching;
 mod misuse;
 mod pool;
+mod segments;
 
 use kvlite_core::cache::{BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit};
 use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
