@@ -77,7 +77,8 @@ class Rows:
     """One per position."""
     sample: bool = False
     into: Segment | None = None
-    """A segment that the last rows make, all of it."""
+    """A segment that the last rows make, from its row `into_from` on."""
+    into_from: int = 0
     score: tuple[ReuseMethod, Sequence[int], range, int] | None = None
     """method, scoring rows as indices into `positions`, keys, round."""
     last_keys: Sequence[int] | None = None
@@ -124,7 +125,7 @@ class Stage:
         greedy = SamplingParams(temperature=0).resolved(GenerationDefaults())
         for row in range(NUM_ROWS):
             sampler.admit(row, RowSampling(greedy, 0, np.array([3], np.int32), (), ()))
-        self.runner = ModelRunner(decoder, self.pool, sampler)
+        self.runner = ModelRunner(decoder, self.pool, sampler, canonical_len=len(PREFIX))
         layout = Layout.of(
             max_num_batched_tokens=256, max_num_seqs=NUM_ROWS, max_model_len=MAX_LEN, block_size=BLOCK_SIZE,
             max_num_waiting=1,
@@ -173,9 +174,9 @@ class Stage:
         regions["slot_mapping"][at] = self.slots(one.row, last_keys)
         regions["segment_slot"][at] = -1
         if one.into is not None:
-            length = len(one.into.ids)
-            slots = [one.into.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(length)]
-            regions["segment_slot"][first + n - length : first + n] = slots
+            made = range(one.into_from, min(len(one.into.ids), one.into_from + n))
+            slots = [one.into.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in made]
+            regions["segment_slot"][first + n - len(slots) : first + n] = slots
         regions["query_start"][seq + 1] = first + n
         regions["context_len"][seq] = max(last_keys) + 1
         regions["seq_row"][seq] = one.row
@@ -208,6 +209,10 @@ class Stage:
         """A copy of a segment's keys before RoPE, and values, [layers, 2, n, KH, D]."""
         kv = self.pool.data[torch.tensor(segment.blocks, device=self.pool.data.device)]
         return kv.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, : len(segment.ids)].clone()
+
+    def links(self, row: int, keys: Iterable[int]) -> torch.Tensor:
+        """A copy of a sequence's links, [n, 3]."""
+        return self.pool.links.flatten(0, 1)[self.slots(row, keys)].cpu()
 
     def segment(self, ids: list[int]) -> Segment:
         """Blocks for a segment that a plan will make."""

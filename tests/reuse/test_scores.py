@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 
 from kvlite.reuse import ReuseMethod, Scope, resolve
 from tests.reuse.conftest import INTERPRETED
-from tests.reuse.stage import PREFIX, Stage, checkpoint, decoder
-from tests.reuse.test_laws import Layout
+from tests.reuse.stage import PREFIX, Place, Rows, Stage, checkpoint, decoder
+from tests.reuse.test_laws import DOCS, Layout
 from tests.reuse.twin import Seen, Text, Twin
 
 NUM_LAYERS = 3
@@ -153,6 +154,57 @@ def test_a_decode_step_asks_again_for_the_weights_alone_and_goes_on(family: str,
     weight, value = (torch.from_numpy(part) for part in answer.scores[0])
     assert_close(blend.at_reused(weight), blend.at_reused(blend.seen([last])[0].attention.sum((0, 1))))
     assert not value.any() and len(answer.tokens) == 1
+
+
+def naive_links(seen: list[Seen], length: int) -> torch.Tensor:
+    """[length, 3] of a segment, row by row and key by key."""
+    first = len(PREFIX)
+    links = torch.zeros(length, 3)
+    mean = torch.stack([layer.attention.mean(0) for layer in seen])
+    for j in range(length):
+        links[j, 2] = mean[:, first + j, :first].sum(1).mean()
+        earlier = mean[:, first + j, first + 1 : first + j].amax(0)
+        if len(earlier):
+            parent = int(earlier.argmax()) + 1
+            links[j, :2] = torch.tensor([j - parent, float(earlier.max())])
+    return links
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_links_are_each_rows_strongest_look_inside_its_segment_in_any_chunks(
+    chunks: int, family: str, backend: str
+) -> None:
+    blend, doc = Blend(family, backend), DOCS[0]
+    tokens, segment = [*PREFIX, *doc], blend.stage.segment(doc)
+    cuts = [0, len(tokens)] if chunks == 1 else [0, len(PREFIX), len(PREFIX) + 3, len(tokens)]
+    for start, end in pairwise(cuts):
+        done = max(start - len(PREFIX), 0)
+        into = segment if end > len(PREFIX) else None
+        blend.stage.run([Rows(4, range(start, end), tokens[start:end], into=into, into_from=done)])
+    blend.stage.run([Rows(3, [0], [3])], [Place(2, 20, segment)])
+    alone = blend.twin.text(len(tokens))
+    expected = naive_links(blend.twin.run(alone, range(len(tokens)), tokens), len(doc))
+    assert_close(blend.stage.links(2, range(20, 20 + len(doc))), expected)
+    assert expected[2:, 0].min() > 0 and bool((expected[:, 2] > 0).any())
+
+
+def test_hybrid_is_the_last_rows_attention_and_one_hop_along_the_links(family: str, backend: str) -> None:
+    blend = Blend(family, backend)
+    new = blend.layout.new
+    weight, value = blend.scored(new, range(len(new) - 2, len(new)), resolve("hybrid", {}, NUM_LAYERS))
+    mass = sum(layer.attention[:, -1].sum(0) for layer in blend.seen(new))
+    assert isinstance(mass, torch.Tensor)
+    expected = torch.zeros(len(blend.layout.tokens))
+    for start, doc in zip(blend.layout.starts, blend.layout.docs, strict=True):
+        tokens = [*PREFIX, *doc]
+        links = naive_links(blend.twin.run(blend.twin.text(len(tokens)), range(len(tokens)), tokens), len(doc))
+        own = mass[start : start + len(doc)] * (1 + 3 * links[:, 2])
+        expected[start : start + len(doc)] = torch.maximum(expected[start : start + len(doc)], own)
+        for j, (offset, strength, _) in enumerate(links.tolist()):
+            parent = start + j - int(offset)
+            expected[parent] = max(float(expected[parent]), strength * float(own[j]))
+    assert_close(blend.at_reused(weight), blend.at_reused(expected))
+    assert (value == 1).all()
 
 
 @pytest.mark.parametrize(

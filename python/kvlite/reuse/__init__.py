@@ -4,7 +4,21 @@ Knows the model's probes and tensors; knows neither requests, plans nor the cach
 whoever checks what a request asks for.
 """
 
-from kvlite.reuse.base import ReuseMethod, Round, Scope, ScoreEntry, Span
+from kvlite.reuse.base import ReuseMethod, Round, Scope, ScoreEntry, Span, Tools
+from kvlite.reuse.links import NUM_LINKS, LinkProbe
 from kvlite.reuse.registry import MAX_METHODS, METHODS, MethodTable, resolve
 
-__all__ = ["MAX_METHODS", "METHODS", "MethodTable", "ReuseMethod", "Round", "Scope", "ScoreEntry", "Span", "resolve"]
+__all__ = [
+    "MAX_METHODS",
+    "METHODS",
+    "NUM_LINKS",
+    "LinkProbe",
+    "MethodTable",
+    "ReuseMethod",
+    "Round",
+    "Scope",
+    "ScoreEntry",
+    "Span",
+    "Tools",
+    "resolve",
+]

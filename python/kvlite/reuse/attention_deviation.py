@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlite.models import LayerRows, Probe
-from kvlite.ops import KeyMassOp
-from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry
+from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry, Tools
 from kvlite.reuse.deviation import QKV_COST, ScoredRows
 from kvlite.reuse.mass import Mass
 
@@ -28,9 +27,9 @@ class AttentionDeviation(Dynamic):
         """One, over all rows, up to the check layer."""
         return (Round(Scope.ALL, min((self.check_layer + QKV_COST) / num_layers, 1.0), ratio),)
 
-    def probe(self, entry: ScoreEntry, key_mass: KeyMassOp) -> Probe:
+    def probe(self, entry: ScoreEntry, tools: Tools) -> Probe:
         """Both factors for a chunk of the prompt; a decode step's row goes on and gives the first factor alone."""
-        return _Probe(entry, Mass(entry, key_mass), self.check_layer, is_decode=entry.round > 0)
+        return _Probe(entry, Mass(entry, tools.key_mass), self.check_layer, is_decode=entry.round > 0)
 
 
 class _Probe:

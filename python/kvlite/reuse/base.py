@@ -9,12 +9,13 @@ neither requests nor blocks. Called by the runner (probes) and by whoever adds b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvlite.errors import InvalidRequestError
@@ -57,6 +58,15 @@ class ScoreEntry:
     """Index in `rounds`; from len(rounds) on: the decode stage."""
 
 
+@dataclass(frozen=True)
+class Tools:
+    """What a probe may use of the device."""
+
+    key_mass: KeyMassOp
+    links_of: Callable[[ScoreEntry], torch.Tensor]
+    """Links of the entry's keys, [len(keys), 3] fp32 (links.py); 0 where a key is not reused text."""
+
+
 class ReuseMethod(Protocol):
     """One method with its options; equal methods choose equal rows. Implementations are frozen dataclasses."""
 
@@ -82,7 +92,7 @@ class ReuseMethod(Protocol):
         """[prompt_len], higher is chosen first; only of methods without rounds. A function of lengths and options."""
         ...
 
-    def probe(self, entry: ScoreEntry, key_mass: KeyMassOp) -> Probe:
+    def probe(self, entry: ScoreEntry, tools: Tools) -> Probe:
         """What scores the entry's rows; only of methods with rounds."""
         ...
 
@@ -103,7 +113,7 @@ class Static:
         """None."""
         return ()
 
-    def probe(self, entry: ScoreEntry, key_mass: KeyMassOp) -> Probe:
+    def probe(self, entry: ScoreEntry, tools: Tools) -> Probe:
         """Never asked for: the core plans a score entry for a round only."""
         raise AssertionError("a method without rounds has no probe")
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlite.models import LayerRows, Probe
-from kvlite.ops import KeyMassOp
-from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry
+from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry, Tools
 
 QKV_COST = 0.2
 """What a layer costs whose values are made but not used, in layers (reuse.md counts check layer 1 as 1.2 layers)."""
@@ -38,7 +37,7 @@ class Deviation(Dynamic):
         costs = [(self.check_layer + i + QKV_COST) / num_layers for i in range(n)]
         return tuple(Round(Scope.ALL, min(cost, 1.0), ratio ** ((i + 1) / n)) for i, cost in enumerate(costs))
 
-    def probe(self, entry: ScoreEntry, key_mass: KeyMassOp) -> Probe:
+    def probe(self, entry: ScoreEntry, tools: Tools) -> Probe:
         """Compares values."""
         return _DeviationProbe(entry, self.check_layer + entry.round, self.max_over_layers)
 

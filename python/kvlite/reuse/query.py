@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlite.models import LayerRows, Probe
-from kvlite.ops import KeyMassOp
-from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry
+from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry, Tools
 from kvlite.reuse.mass import Mass
 
 
@@ -28,9 +27,9 @@ class Query(Dynamic):
         """One, over the new rows, through all layers."""
         return (Round(Scope.NEW, 1.0, ratio),)
 
-    def probe(self, entry: ScoreEntry, key_mass: KeyMassOp) -> Probe:
+    def probe(self, entry: ScoreEntry, tools: Tools) -> Probe:
         """Adds up attention in every layer."""
-        return _QueryProbe(entry, Mass(entry, key_mass), self.window)
+        return _QueryProbe(entry, Mass(entry, tools.key_mass), self.window)
 
 
 class _QueryProbe:

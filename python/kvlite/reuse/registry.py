@@ -17,6 +17,7 @@ from kvlite.reuse.attention_deviation import AttentionDeviation
 from kvlite.reuse.base import ReuseMethod
 from kvlite.reuse.boundary import Boundary
 from kvlite.reuse.deviation import Deviation
+from kvlite.reuse.hybrid import Hybrid
 from kvlite.reuse.none import NoRows
 from kvlite.reuse.query import Query
 from kvlite.reuse.random_rows import MAX_SEED, RandomRows
@@ -71,6 +72,7 @@ METHODS: Mapping[str, Entry] = {
         AttentionDeviation, {"check_layer": _layer, "decode_rows": _integer(0, MAX_DECODE_ROWS)}
     ),
     "query": Entry(Query, {"window": _odd}),
+    "hybrid": Entry(Hybrid, {}),
 }
 
 

@@ -1,4 +1,4 @@
-"""`KVPool`: the memory of all KV blocks and the device-resident block tables.
+"""`KVPool`: the memory of all KV blocks, the links of reused text, and the device-resident block tables.
 
 Owns the pool tensor `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, the block table `[max_num_seqs + 1,
 blocks per sequence]` (its last row is reserved for padding) and the budget. Decides nothing: the core says which block
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvlite.reuse import NUM_LINKS, ScoreEntry
 from kvlite.runner.plan import Plan
 
 PlaceKv = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -55,6 +56,8 @@ class KVPool:
             self.data = torch.frombuffer(memory, dtype=shape.dtype).view(sizes)
         else:
             self.data = torch.zeros(sizes, dtype=shape.dtype, device=device)
+        self.links = torch.zeros((num_blocks, shape.block_size, NUM_LINKS), dtype=torch.float32, device=device)
+        """By block and offset; of segments and of where they were placed, else 0 (`reuse/links.py`)."""
         blocks_per_seq = -(-max_model_len // shape.block_size)
         self.block_table = torch.zeros((max_num_seqs + 1, blocks_per_seq), dtype=torch.int32, device=device)
 
@@ -67,6 +70,7 @@ class KVPool:
         if len(plan.block_update):
             updates = torch.tensor(plan.block_update, dtype=torch.int64).to(device)
             self.block_table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
+            self.links[updates[:, 2]] = 0
 
     def place(self, plan: Plan, place_kv: PlaceKv) -> None:
         """Copies rows of segments to where sequences use them, keys rotated; after `apply`, before any store."""
@@ -81,6 +85,14 @@ class KVPool:
         at = torch.tensor(np.stack([seq_row[which], position, source])).to(device)
         target = self.block_table[at[0], at[1] // block_size] * block_size + at[1] % block_size
         place_kv(self.data, at[2].int(), target.int(), at[1].int())
+        links = self.links.flatten(0, 1)
+        links[target] = links[at[2]]
+
+    def links_of(self, entry: ScoreEntry) -> torch.Tensor:
+        """Links of the entry's keys, [keys, 3]."""
+        key = torch.arange(entry.keys.start, entry.keys.stop, device=self.links.device)
+        size = self.shape.block_size
+        return self.links[self.block_table[entry.seq_row, key // size].long(), key % size]
 
 
 def cache_budget_bytes(wanted: int | None, device: torch.device) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvlite.models import Decoder, ForwardBatch, Probe, rows_to_the_end
-from kvlite.reuse import MethodTable, ScoreEntry
+from kvlite.reuse import LinkProbe, MethodTable, ScoreEntry, Tools
 from kvlite.runner.kv_pool import KVPool
 from kvlite.runner.plan import Arena, Int32, Plan, SampleKind, Status, as_rows
 from kvlite.runner.sampler import RawLogprobs, Sampler
@@ -38,10 +38,12 @@ class RunResult:
 class ModelRunner:
     """One model on one device, with its KV pool and sampler."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, sampler: Sampler) -> None:
+    def __init__(self, decoder: Decoder, pool: KVPool, sampler: Sampler, *, canonical_len: int = 0) -> None:
         self.decoder = decoder
         self.pool = pool
         self.sampler = sampler
+        self.canonical_len = canonical_len
+        """Rows of the canonical prefix, which every segment is computed behind."""
         self.methods = MethodTable()
         """What the method ids of score rows mean."""
         self.captured: set[int] = set()
@@ -64,10 +66,13 @@ class ModelRunner:
         self.pool.apply(plan)
         self.pool.place(plan, self.decoder.place_kv)
         arena.upload()
-        probes = self._probes(plan)
-        hidden = self.decoder.forward(self._batch(arena, plan), self.pool.data, probes)
-        result = self._sample(plan, hidden, rows_to_the_end(probes, plan.num_tokens))
-        _answer(plan, probes)
+        scoring, making = self._probes(plan), self._makers(plan)
+        hidden = self.decoder.forward(self._batch(arena, plan), self.pool.data, [*scoring, *making])
+        result = self._sample(plan, hidden, rows_to_the_end(scoring, plan.num_tokens))
+        _answer(plan, scoring)
+        for probe in making:
+            slots = plan.segment_slot[probe.rows.start : probe.rows.stop]
+            self.pool.links.flatten(0, 1)[torch.tensor(slots, device=hidden.device).long()] = probe.links()
         self._remember(plan)
         return result
 
@@ -95,9 +100,24 @@ class ModelRunner:
 
     def _probes(self, plan: Plan) -> list[Probe]:
         probes: list[Probe] = []
+        tools = Tools(self.decoder.key_mass, self.pool.links_of)
         for seq, first, count, start, end, method_id, number in as_rows(plan.score):
             entry = ScoreEntry(range(first, first + count), int(plan.seq_row[seq]), range(start, end), number)
-            probes.append(self.methods[method_id].probe(entry, self.decoder.key_mass))
+            probes.append(self.methods[method_id].probe(entry, tools))
+        return probes
+
+    def _makers(self, plan: Plan) -> list[LinkProbe]:
+        """One per sequence that makes a segment: its rows that are part of it, the last ones."""
+        making = np.flatnonzero(plan.segment_slot >= 0)
+        if not len(making):
+            return []
+        seqs = np.searchsorted(plan.query_start, making, side="right") - 1
+        probes: list[LinkProbe] = []
+        for seq in np.unique(seqs):
+            rows = making[seqs == seq]
+            start, end = int(plan.positions[rows[0]]), int(plan.positions[rows[-1]])
+            where = range(int(rows[0]), int(rows[-1]) + 1)
+            probes.append(LinkProbe(where, int(plan.seq_row[seq]), self.canonical_len, range(start, end + 1)))
         return probes
 
     def _batch(self, arena: Arena, plan: Plan) -> ForwardBatch:
