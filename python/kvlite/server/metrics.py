@@ -104,7 +104,7 @@ class _EngineCollector(Collector):
         yield source
         counters = {
             "blend_recomputed_tokens": (stats.recomputed_tokens, "Reused tokens that were computed in full context."),
-            "segment_hits_tokens": (stats.segment_hit_tokens, "Tokens of segments found in the store."),
+            "segment_hits_tokens": (stats.segment_hit_tokens, "Prompt tokens placed from segments, kept or not."),
             "blend_samples": (stats.num_agreement_samples, "Blended requests that were computed exactly too."),
             "blend_fallbacks": (stats.num_fallbacks, "Blended requests that the quality floor changed."),
             "generation_tokens": (stats.generated_tokens, "Tokens generated."),
