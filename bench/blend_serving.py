@@ -40,6 +40,8 @@ HOT_POOL = 8
 """Hot documents that would fit into the KV cache."""
 ANSWER_LEN = 64
 
+STORE_MODEL = SHIPPED_MODEL
+"""What a store keeps does not depend on what a row costs."""
 STORE_DOCUMENTS = 48
 STORE_DOCUMENT_LEN = 128
 PER_QUERY = 4
@@ -158,11 +160,8 @@ def most_running(engine: Engine, batch: Sequence[Sequence[Part] | list[int]], re
 
 
 def hit_rates(options: argparse.Namespace) -> dict[str, Any]:
-    """Share of document tokens found in the store, per hundred of `--queries` novel queries.
-
-    On the model that ships: what a store keeps does not depend on what a row costs.
-    """
-    config, _family = load_config(SHIPPED_MODEL)
+    """Share of document tokens found in the store, per hundred of `--queries` novel queries."""
+    config, _family = load_config(STORE_MODEL)
     vocab = vocabulary(config)
     library = documents(vocab, STORE_DOCUMENTS, STORE_DOCUMENT_LEN, seed=3)
     draw = random.Random(3)
@@ -170,7 +169,7 @@ def hit_rates(options: argparse.Namespace) -> dict[str, Any]:
     found: list[tuple[int, int]] = []
     # segment_cache_ratio is a half: as many tokens in the cache as there are in documents make a store for half.
     kv_tokens = STORE_DOCUMENTS * STORE_DOCUMENT_LEN
-    with opened(Setup(SHIPPED_MODEL, options.dtype, options.threads, 2, kv_tokens - 64 * 3)) as engine:
+    with opened(Setup(STORE_MODEL, options.dtype, options.threads, 2, kv_tokens - 64 * 3)) as engine:
         for serial in range(options.queries):
             chosen: dict[int, None] = {}
             while len(chosen) < PER_QUERY:
