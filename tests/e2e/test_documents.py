@@ -219,6 +219,16 @@ def test_published_documents_are_used_by_all_and_changed_by_the_admin(server: Se
     assert server.call("GET", f"{DOCUMENTS}/notice", key=TWO)[0] == 404
 
 
+def test_a_copy_of_a_public_document_gives_no_power_over_it(server: Server):
+    for change in (("PATCH", {"pinned": True}), ("DELETE", None)):
+        assert server.call("POST", DOCUMENTS, {"id": "copy", "text": PUBLIC_TEXT})[0] == 200
+        assert server.call(change[0], f"{DOCUMENTS}/copy", change[1])[0] == 200
+        public = server.call("GET", f"{DOCUMENTS}/walter", key=TWO)[1]
+        assert (public["state"], public["pinned"]) == ("ready", False)
+    assert block(ask(openai_client(server, TWO), [*text(2), {"id": "walter"}]))["segments"][1]["hit"] == "device"
+    assert server.metrics()["kv_blocks_pinned"] == 0
+
+
 def test_tokens_are_counted_by_source(server: Server, one: openai.OpenAI):
     documents = text(6, 7)
     ask(one, documents)
