@@ -188,12 +188,12 @@ pub enum CoreError {
     },
     /// Capacity, not blame: pinned segments hold what the request would need.
     #[error(
-        "{needed} blocks are needed, the pool has {total} and pinned segments hold {pinned}: unpin some or retry later"
+        "{needed} blocks are needed, there are {total} and pinned segments hold {pinned}: unpin some or retry later"
     )]
     Pinned {
         /// Blocks of the largest request that has to fit.
         needed: u32,
-        /// Blocks of the pool.
+        /// Blocks of the pool, or those that segments may fill.
         total: u32,
         /// Blocks of pinned segments.
         pinned: u32,

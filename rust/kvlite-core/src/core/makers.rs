@@ -44,6 +44,11 @@ impl Core {
         if ids.len() > max as usize {
             return Err(CoreError::SegmentTooLong { len: ids.len(), max });
         }
+        let pinned_blocks = self.cache.pinned_blocks();
+        if !self.fits_alone(ids.len(), pinned_blocks) && self.segment(tenant, ids).is_none() {
+            let (needed, pinned) = (self.segment_blocks(ids.len()), pinned_blocks as u32);
+            return Err(CoreError::Pinned { needed, total: self.store_blocks(), pinned });
+        }
         self.check_queue()?;
         let owner = TenantId(tenant);
         let existing = self.cache.find_segment(owner, ids).filter(|&id| self.cache.segment(id).tenant == owner);
@@ -130,12 +135,17 @@ impl Core {
         (len as u32).div_ceil(self.config.block_size)
     }
 
+    /// Blocks that segments may fill together.
+    fn store_blocks(&self) -> u32 {
+        (self.config.segment_cache_ratio * f64::from(self.config.num_blocks)) as u32
+    }
+
     /// Whether a segment of `len` tokens could be made beside `pinned` blocks, with nothing else in the pool.
     fn fits_alone(&self, len: usize, pinned: usize) -> bool {
         let behind = self.config.canonical_prefix.len() + len;
         let needed = self.segment_blocks(len) as usize + self.segment_blocks(behind) as usize;
         behind <= self.config.max_model_len as usize
-            && self.cache.fits_segment(len as u32)
+            && self.segment_blocks(len) as usize + pinned <= self.store_blocks() as usize
             && needed + pinned <= self.config.num_blocks as usize
     }
 
@@ -149,12 +159,20 @@ impl Core {
         fits as u32
     }
 
-    /// Whether `blocks` more may be pinned: the largest live request must still fit beside them.
+    /// Whether `blocks` more may be pinned: the largest live request must still fit into the pool beside them, and the
+    /// largest segment that is wanted into the store.
     fn check_pin(&self, blocks: u32) -> Result<(), CoreError> {
         let live = self.seqs.iter().filter(|seq| seq.status() != Status::Vacant);
         let needed = live.map(|seq| self.blocks_of(seq)).max().unwrap_or(0);
-        let (pinned, total) = (self.cache.pinned_blocks() as u32 + blocks, self.config.num_blocks);
-        if needed + pinned > total { Err(CoreError::Pinned { needed, total, pinned }) } else { Ok(()) }
+        let views = self.makers.keys().map(|&id| self.cache.segment(id)).filter(|view| !view.pinned);
+        let wanted = views.map(|view| self.segment_blocks(view.len as usize)).max().unwrap_or(0);
+        let pinned = self.cache.pinned_blocks() as u32 + blocks;
+        for (needed, total) in [(needed, self.config.num_blocks), (wanted, self.store_blocks())] {
+            if needed + pinned > total {
+                return Err(CoreError::Pinned { needed, total, pinned });
+            }
+        }
+        Ok(())
     }
 
     fn blocks_of(&self, seq: &Sequence) -> u32 {
