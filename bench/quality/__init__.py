@@ -38,6 +38,9 @@ SEED = 20_000
 """Of the figures that are kept; no method was tuned on its questions."""
 KV_TOKENS = 24_576
 VERIFIED = ("query", "hybrid")
+"""Methods whose logits are compared."""
+CONTROLLED = (figures.FULL, figures.NONE, Rule("query", 0.15), Rule("hybrid", 0.15))
+"""Rules under which questions inside one document are asked too."""
 
 
 def rules(methods: Sequence[str], ratios: Sequence[int]) -> list[Rule]:
@@ -62,7 +65,7 @@ def main(arguments: list[str]) -> int:
     dtype = torch_dtype(options.dtype)
     methods = [name for name in options.methods.split(",") if name]
     asked_rules = rules(methods, integers("--ratios", options.ratios))
-    controls = [rule for rule in asked_rules if rule.method in ("full", "none") or rule.ratio == 0.15]
+    controls = [rule for rule in asked_rules if rule in CONTROLLED]
     found: dict[str, Any] = origin() | {"model": directory.name, "dtype": str(dtype).removeprefix("torch.")}
     with (
         metered(config) as meter,

@@ -2,15 +2,16 @@
 
 A rule is a way to treat documents that the engine has seen before: exact prefill, or a blend with method and ratio.
 Each context's documents are computed alone once, ahead of all questions. Exact requests run as another tenant, because
-what they publish would serve as an exact prefix to blended ones. The first question under a rule is asked alone, timed
-and counted, before the engine knows a recipe of that rule; the others go together. Called by the scenario; owns no
-figure.
+what they publish would serve as an exact prefix to blended ones, and so do those under the wrong mask. The first
+question under a rule is asked alone, timed and counted, before the engine knows a recipe of that rule; the others go
+together. Called by the scenario; owns no figure.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,8 @@ from . import language
 from .generator import CROSS_KINDS, Context, Question
 from .meter import Meter
 
-BLENDING, EXACT, CHECKING = 0, 1, 2
-"""Tenants."""
+BLENDING, EXACT, CHECKING, MASKED = 0, 1, 2, 3
+"""Tenants: what one of them publishes, the others do not see."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 """An answer is a word and the end; more would be a wrong answer anyway."""
 
@@ -52,6 +53,8 @@ class Rule:
     @property
     def tenant(self) -> int:
         """Who asks."""
+        if self.bottom_right:
+            return MASKED
         return EXACT if self.method == "full" else BLENDING
 
 
@@ -62,6 +65,7 @@ class Answer:
     kind: str
     group: int
     """Its context."""
+    question: str
     text: str
     is_right: bool
 
@@ -91,14 +95,21 @@ class Asker:
     def context(self, group: int, context: Context, rules: Sequence[Rule], controls: Sequence[Rule]) -> None:
         """Every question under every rule of `rules`; questions that need no other document under `controls` alone."""
         documents = [Document(text) for text in context.documents]
-        self._engine.precompute(documents, tenant=BLENDING)
+        for tenant in {rule.tenant for rule in rules} - {EXACT}:
+            self._engine.precompute(documents, tenant=tenant)
+        later: list[tuple[Rule, Question]] = []
         for rule in rules:
-            questions = [one for one in context.questions if rule in controls or one.kind in CROSS_KINDS]
-            self._meter.bottom_right = rule.bottom_right
-            try:
-                self._under(rule, group, documents, questions)
-            finally:
-                self._meter.bottom_right = False
+            first, *others = [one for one in context.questions if rule in controls or one.kind in CROSS_KINDS]
+            with self._mask(rule):
+                self._keep(rule, group, first, self._timed(rule, documents, first))
+                if rule.bottom_right:
+                    # Alone as well: the wrong mask would meet rows of other rules in one plan.
+                    for question in others:
+                        self._keep(rule, group, question, self._together(documents, [(rule, question)])[0])
+                else:
+                    later += [(rule, question) for question in others]
+        for (rule, question), text in zip(later, self._together(documents, later), strict=True):
+            self._keep(rule, group, question, text)
 
     def verify(self, context: Context, rules: Sequence[Rule]) -> None:
         """How the first answer token's distribution differs from exact prefill, for one question of each kind."""
@@ -114,19 +125,21 @@ class Asker:
                 kept.kl.append(found.verify.kl)
                 kept.top1.append(found.verify.top1_equal)
 
-    def _under(self, rule: Rule, group: int, documents: list[Document], questions: list[Question]) -> None:
-        asked = self.asked.setdefault(rule, Asked())
-        texts = [self._timed(rule, asked, documents, questions[0])]
-        # A mask that is wrong must not meet rows of others in one plan: its context lengths would not be theirs.
-        if rule.bottom_right:
-            texts += [self._together(rule, documents, [one])[0] for one in questions[1:]]
-        else:
-            texts += self._together(rule, documents, questions[1:])
-        for question, text in zip(questions, texts, strict=True):
-            asked.answers.append(Answer(question.kind, group, text, text.strip() == question.answer))
+    @contextmanager
+    def _mask(self, rule: Rule) -> Generator[None]:
+        self._meter.bottom_right = rule.bottom_right
+        try:
+            yield
+        finally:
+            self._meter.bottom_right = False
 
-    def _timed(self, rule: Rule, asked: Asked, documents: list[Document], question: Question) -> str:
+    def _keep(self, rule: Rule, group: int, question: Question, text: str) -> None:
+        answer = Answer(question.kind, group, question.text, text, text.strip() == question.answer)
+        self.asked.setdefault(rule, Asked()).answers.append(answer)
+
+    def _timed(self, rule: Rule, documents: list[Document], question: Question) -> str:
         """Asks alone; keeps the time to the first token and what was computed for it."""
+        asked = self.asked.setdefault(rule, Asked())
         self._meter.reset()
         start = time.perf_counter()
         handle = self._add(rule, documents, question)
@@ -154,9 +167,9 @@ class Asker:
         other = (total - report.prefix_tokens - spans) * self._num_layers
         return (token_layers - other) / (spans * self._num_layers)
 
-    def _together(self, rule: Rule, documents: list[Document], questions: list[Question]) -> list[str]:
+    def _together(self, documents: list[Document], asked: Sequence[tuple[Rule, Question]]) -> list[str]:
         """Asks all at once; their texts, in order."""
-        texts = {self._add(rule, documents, question): "" for question in questions}
+        texts = {self._add(rule, documents, question): "" for rule, question in asked}
         while self._engine.num_unfinished:
             for delta in self._engine.step():
                 texts[delta.handle] += delta.text

@@ -84,12 +84,12 @@ def gate(asked: Mapping[Rule, Asked]) -> None:
             f"position repair alone answers {_value(none):.1%} and exact prefill {_value(full):.1%}: there is no gap, "
             "so either nothing was reused or the documents do not need each other"
         )
-    exact = {(one.group, one.kind, at): one.text for at, one in enumerate(full)}
+    exact = {(one.group, one.question): one.text for one in full}
     for rule, found in asked.items():
         if rule.method in ("full", "none") or rule.ratio < 1.0:
             continue
         answers = crossing(found)
-        different = sum(exact[one.group, one.kind, at] != one.text for at, one in enumerate(answers))
+        different = sum(exact[one.group, one.question] != one.text for one in answers)
         if different:
             raise BenchError(f"{rule.name}: {different} of {len(answers)} answers are not those of exact prefill")
 

@@ -20,7 +20,7 @@ from .language import Attribute
 CROSS_KINDS = ("pronoun", "role", "that")
 """Need text of another document at the tokens of the document itself."""
 CONTROL_KINDS = ("local", "incoref", "last")
-KINDS = CONTROL_KINDS + CROSS_KINDS
+KINDS = CROSS_KINDS + CONTROL_KINDS
 FILLER_SHARE = 0.55
 """Of the sentences of a document."""
 

@@ -19,9 +19,10 @@ def asked(num_right: int, *, wrong: str = " Rome") -> Asked:
     """A hundred answers to questions across documents, so many of them right, and one to a control."""
     kinds = ("pronoun", "role", "that", "that")
     answers = [
-        Answer(kinds[at % 4], at // 4, " Oslo" if at < num_right else wrong, at < num_right) for at in range(100)
+        Answer(kinds[at % 4], at // 4, f"{at}?", " Oslo" if at < num_right else wrong, at < num_right)
+        for at in range(100)
     ]
-    answers.append(Answer("local", 0, " Oslo", True))
+    answers.append(Answer("local", 0, "?", " Oslo", True))
     return Asked(answers, ttft_s=[0.05, 0.03, 0.04], computed_share=[0.1, 0.2])
 
 
