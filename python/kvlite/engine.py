@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, overload
@@ -237,13 +237,15 @@ class Engine(Loop):
     ) -> list[PrecomputeReport]:
         """Computes the KV of documents ahead of requests that bring them; those with an id may be named by it then.
 
-        Returns when all are ready. Raises InvalidRequestError, or CapacityError when they do not fit.
+        Returns when all were made; what does not fit at once is evicted as ever. Raises InvalidRequestError, or
+        CapacityError when there is no room beside what is pinned.
         """
         given = [Document(each) if isinstance(each, str) else each for each in documents]
         prepared = [self.library.prepare(document, tenant=tenant, pinned=pinned) for document in given]
         hits = [self.library.state(tenant, stored.token_ids) is DocumentState.READY for stored, _ in prepared]
-        with Bar("computing", unit="documents", wanted=progress) as bar:
-            for num_done, at, delta in self._deltas_of_all([request for _, request in prepared]):
+        orders = [order for _, order in prepared]
+        with Bar("computing", unit="documents", wanted=progress) as bar, closing(self._deltas_of_all(orders)) as deltas:
+            for num_done, at, delta in deltas:
                 check_made(delta)
                 if given[at].id is not None:
                     self.library.put(prepared[at][0])
@@ -252,6 +254,14 @@ class Engine(Loop):
             PrecomputeReport(document.id, len(stored.token_ids), hit)
             for document, (stored, _), hit in zip(given, prepared, hits, strict=True)
         ]
+
+    def pin(self, document: Document, *, pinned: bool = True, tenant: int = 0) -> bool:
+        """A pinned document's KV is never evicted. False when its KV is not there. Raises CapacityError."""
+        return self.library.pin(document, tenant, pinned)
+
+    def drop(self, document: Document, *, tenant: int = 0) -> bool:
+        """Forgets a document and its KV; requests that use it go on. False when there was nothing to forget."""
+        return self.library.drop(document, tenant)
 
     def stream(
         self,
@@ -288,8 +298,9 @@ class Engine(Loop):
 
     def _run_all(self, requests: list[ValidatedRequest], progress: bool | None) -> list[RequestOutput]:
         collectors = [Collector(request) for request in requests]
-        with Bar("generating", unit="requests", wanted=progress) as bar:
-            for num_done, at, delta in self._deltas_of_all(requests):
+        made = self._deltas_of_all(requests)
+        with Bar("generating", unit="requests", wanted=progress) as bar, closing(made) as deltas:
+            for num_done, at, delta in deltas:
                 collectors[at].push(delta)
                 bar.update(num_done, len(requests))
         return [collector.output() for collector in collectors]

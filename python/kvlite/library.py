@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvlite import _core
 from kvlite.checks import check_number
@@ -161,9 +162,29 @@ class Library:
         self._store.put(stored)
         return stored
 
+    def pin(self, document: Document, tenant: int, pinned: bool) -> bool:
+        """Pins the segment of `document`, stored or not. False when there is none. Raises CapacityError."""
+        if document.id is not None and self.change(tenant, document.id, pinned, KEEP) is not None:
+            return self._core.segment(tenant, self._ids_of(document, tenant)) is not None
+        return self._pin_ids(tenant, self._ids_of(document, tenant), pinned)
+
+    def drop(self, document: Document, tenant: int) -> bool:
+        """Forgets `document` and its segment, stored or not. False when there was neither."""
+        if document.id is not None and self.delete(tenant, document.id):
+            return True
+        return self._core.drop_segment(tenant, self._ids_of(document, tenant))
+
+    def _ids_of(self, document: Document, tenant: int) -> NDArray[np.int32]:
+        stored = self._store.get(tenant, document.id) if document.text is None and document.id is not None else None
+        ids = self._tokenizer.document_ids(document) if document.text is not None else stored and stored.token_ids
+        return np.asarray(ids or (), np.int32)
+
     def _pin(self, stored: StoredDocument) -> None:
+        self._pin_ids(stored.tenant, np.asarray(stored.token_ids, np.int32), stored.pinned)
+
+    def _pin_ids(self, tenant: int, ids: NDArray[np.int32], pinned: bool) -> bool:
         try:
-            self._core.pin_segment(stored.tenant, np.asarray(stored.token_ids, np.int32), stored.pinned)
+            return self._core.pin_segment(tenant, ids, pinned)
         except _core.CapacityError as error:
             raise CapacityError(str(error)) from None
 
