@@ -1,5 +1,5 @@
-//! The whole engine by seed: random requests, aborts, finishes, deadlines, faults and pools that are too small, on a fake
-//! device and a virtual clock; then a liveness phase. `core.audit()` runs after every step, the reader checks every
+//! The whole engine by seed: random requests, plain and blended, segments made ahead, pinned and dropped, aborts, finishes,
+//! deadlines, faults and pools that are too small, on a fake device and a virtual clock; then a liveness phase. `core.audit()` runs after every step, the reader checks every
 //! promise, and each answer is compared with an oracle that knows no engine.
 //!
 //! `KVLITE_SEED=n` replays one seed, `KVLITE_SEEDS=n` runs more of them, `KVLITE_STEPS=n` makes the busy phase of each
@@ -12,44 +12,23 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::engine::{Engine, Outcome};
+use common::reuse::Seen;
+use common::workload::{Texts, random_config};
 use common::{Asked, Rng};
 use kvlite_core::plan::Header;
-use kvlite_core::{CoreConfig, FinishReason, PolicyKind};
+use kvlite_core::{CoreError, FinishReason};
 
-const DEFAULT_SEEDS: u64 = 4_000;
+const DEFAULT_SEEDS: u64 = 2_500;
 /// The busy phase of a seed lasts a quarter of this to all of it.
 const DEFAULT_STEPS: u64 = 160;
-
-fn random_config(rng: &mut Rng) -> CoreConfig {
-    let block_size = [1, 2, 4, 4, 5][rng.range(0, 4) as usize];
-    let max_num_seqs = rng.range(1, 6) as u32;
-    CoreConfig {
-        num_blocks: rng.range(2, 48) as u32,
-        block_size,
-        max_num_seqs,
-        max_num_batched_tokens: max_num_seqs + rng.range(0, 24) as u32,
-        max_model_len: rng.range(6, 48) as u32,
-        max_num_waiting: rng.range(1, 12) as u32,
-        vocab_size: [3, 4, 50][rng.range(0, 2) as usize],
-        enable_prefix_caching: !rng.chance(12),
-        policy: PolicyKind::Fcfs,
-        attention_cost_tokens: rng.range(1, 64) as u32,
-        reserve_tokens: [0, 0, 2, 8][rng.range(0, 3) as usize],
-        watermark_ratio: [1.0, 1.0, 0.9, 0.5][rng.range(0, 3) as usize],
-        segment_cache_ratio: 0.5,
-        model_digest: 0,
-        canonical_prefix: vec![],
-        max_segments: 4,
-        hash_seed: rng.next(),
-    }
-}
 
 /// One engine under one seed.
 struct Simulation {
     rng: Rng,
     engine: Engine,
-    /// Texts that prompts are cut from, so that they collide.
-    texts: Vec<Vec<i32>>,
+    texts: Texts,
+    /// Chance in percent that a request is blended.
+    blended: u64,
     /// Chance in percent that a plan is complete before the next step.
     eager: u64,
     with_faults: bool,
@@ -59,54 +38,59 @@ impl Simulation {
     fn new(seed: u64) -> Simulation {
         let mut rng = Rng(seed.wrapping_mul(0x1234_5678_9abc_def1));
         let config = random_config(&mut rng);
-        let text = |rng: &mut Rng| {
-            (0..config.max_model_len).map(|_| rng.range(0, u64::from(config.vocab_size) - 1) as i32).collect()
-        };
-        let texts = (0..3).map(|_| text(&mut rng)).collect();
+        let texts = Texts::new(&mut rng, &config);
+        let blended = [0, 40, 80][rng.range(0, 2) as usize];
         let eager = [100, 0, 50][rng.range(0, 2) as usize];
         let with_faults = rng.chance(40);
-        Simulation { engine: Engine::new(config), rng, texts, eager, with_faults }
+        Simulation { engine: Engine::new(config), rng, texts, blended, eager, with_faults }
     }
 
     fn random_request(&mut self) -> Asked {
-        let rng = &mut self.rng;
-        let config = self.engine.core.config();
-        let prompt_len = rng.range(1, u64::from(config.max_model_len) - 1) as usize;
-        let text = &self.texts[rng.range(0, 2) as usize];
-        let mut prompt = text[..prompt_len].to_vec();
-        if rng.chance(40) {
-            let own = rng.range(0, prompt_len as u64 - 1) as usize;
-            let vocab_size = u64::from(config.vocab_size);
-            prompt[own..].iter_mut().for_each(|id| *id = rng.range(0, vocab_size - 1) as i32);
+        let (rng, config) = (&mut self.rng, self.engine.core.config());
+        if !rng.chance(self.blended) {
+            return self.texts.plain(rng, config, self.engine.now_ms);
         }
-        let room = u64::from(config.max_model_len) - prompt_len as u64;
-        let max_tokens = rng.range(1, room) as u32;
-        let n = if rng.chance(25) { rng.range(1, u64::from(config.max_num_seqs)) as u32 } else { 1 };
-        let stops = if rng.chance(50) { rng.range(1, 2) } else { 0 };
-        Asked {
-            n,
-            max_tokens,
-            min_tokens: if rng.chance(20) { rng.range(0, u64::from(max_tokens)) as u32 } else { 0 },
-            stop_token_ids: (0..stops).map(|_| rng.range(0, u64::from(config.vocab_size) - 1) as i32).collect(),
-            tenant: rng.range(0, 1) as u32,
-            priority: if rng.chance(10) { rng.range(0, 4) as i32 - 2 } else { 0 },
-            deadline_ms: rng.chance(10).then(|| self.engine.now_ms + rng.range(0, 60) as i64),
-            use_cache: !rng.chance(10),
-            prompt_logprobs: rng.chance(8),
-            seed: rng.range(0, 1),
-            ..Asked::new(&prompt, max_tokens)
+        if rng.chance(15) {
+            return self.texts.precompute(rng, config, self.engine.now_ms);
         }
+        if rng.chance(35)
+            && let Some((&handle, told)) = self.engine.told.iter().rev().find(|(handle, told)| {
+                self.engine.asked[handle].blend.is_some() && told.finished[0] == Some(FinishReason::Length)
+            })
+            && let Some(asked) = Texts::follow_up(rng, config, &self.engine.asked[&handle], &told.outputs[0])
+        {
+            return asked;
+        }
+        self.texts.blended(rng, config, self.engine.now_ms)
     }
 
-    /// Adds a request, or a refusal that must name capacity or a pool that is too small.
+    /// Adds a request, or a refusal that must name capacity, a pool that is too small, or what cannot be combined.
     fn arrive(&mut self) {
         let asked = self.random_request();
         let config = self.engine.core.config();
-        let needed = (asked.prompt.len() as u32 + asked.max_tokens - 1).div_ceil(config.block_size);
+        let needed = (asked.prompt.len() as u32 + asked.max_tokens).saturating_sub(1).div_ceil(config.block_size);
         let fits = needed <= config.num_blocks;
+        let (precomputes, contradicts) = (asked.precompute.is_some(), asked.blend.is_some() && asked.prompt_logprobs);
         match self.engine.add(asked) {
-            Ok(_) => assert!(fits, "what can never fit is refused at the door"),
+            Ok(_) => assert!((fits || precomputes) && !contradicts, "what can never be served is refused at the door"),
+            Err(CoreError::BlendedLogprobs) => assert!(contradicts),
+            Err(CoreError::SegmentTooLong { len, max }) => assert!(precomputes && len > max as usize),
             Err(error) => assert!(error.is_capacity() || !fits, "a good request is refused: {error}"),
+        }
+    }
+
+    /// Pins, unpins, drops and asks for a segment of anybody's.
+    fn meddle(&mut self) {
+        let (tenant, ids) = (self.texts.tenant(&mut self.rng), self.texts.document(&mut self.rng).to_vec());
+        let before = self.engine.core.segment(tenant, &ids);
+        let own = before.filter(|info| info.tenant == tenant);
+        match self.rng.range(0, 3) {
+            0 => assert_eq!(self.engine.drop_segment(tenant, &ids), own.is_some()),
+            1 => match self.engine.pin_segment(tenant, &ids, true) {
+                Ok(is_pinned) => assert_eq!(is_pinned, own.is_some()),
+                Err(error) => assert!(error.is_capacity() && own.is_some(), "{error}"),
+            },
+            _ => assert_eq!(self.engine.pin_segment(tenant, &ids, false), Ok(own.is_some())),
         }
     }
 
@@ -128,6 +112,7 @@ impl Simulation {
                 }
             }
             12..14 => self.engine.core.clear_cache(),
+            14..24 if self.blended > 0 => self.meddle(),
             _ => {}
         }
     }
@@ -175,7 +160,7 @@ impl Simulation {
             .iter()
             .filter(|(_, told)| told.finished.contains(&None))
             .map(|(handle, _)| &self.engine.asked[handle])
-            .map(|asked| asked.n * (asked.prompt.len() as u32 + asked.max_tokens))
+            .map(Asked::work)
             .sum();
         let bound = 60 + 6 * work;
         let mut steps = 0;
@@ -188,6 +173,9 @@ impl Simulation {
             self.engine.complete(Outcome::Ok);
         }
         self.turn(true);
+        for (tenant, ids) in self.texts.all_segments() {
+            self.engine.core.pin_segment(tenant, &ids, false).expect("anybody may let go");
+        }
         self.engine.assert_empty();
         self.engine.digest
     }
@@ -209,7 +197,7 @@ fn every_seed_keeps_every_promise_and_ends() {
     let seeds = seeds();
     let steps = setting("KVLITE_STEPS").unwrap_or(DEFAULT_STEPS);
     let next = AtomicU64::new(seeds.start);
-    let totals = Mutex::new([0u64; 5]);
+    let totals = Mutex::new(([0u64; 5], Seen::default()));
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
@@ -221,11 +209,12 @@ fn every_seed_keeps_every_promise_and_ends() {
                     let outcome = catch_unwind(AssertUnwindSafe(|| {
                         let mut simulation = Simulation::new(seed);
                         simulation.run(steps);
-                        simulation.engine.core.stats()
+                        (simulation.engine.core.stats(), simulation.engine.reuse.seen)
                     }));
                     match outcome {
-                        Ok(stats) => {
-                            let mut totals = totals.lock().unwrap();
+                        Ok((stats, seen)) => {
+                            let (totals, reuse) = &mut *totals.lock().unwrap();
+                            reuse.add(&seen);
                             for (total, value) in totals.iter_mut().zip([
                                 stats.requests_total,
                                 stats.preemptions_total,
@@ -245,10 +234,12 @@ fn every_seed_keeps_every_promise_and_ends() {
             });
         }
     });
-    let [requests, preemptions, hits, failed, steps] = *totals.lock().unwrap();
+    let ([requests, preemptions, hits, failed, steps], seen) = *totals.lock().unwrap();
     println!("{requests} requests, {steps} steps, {preemptions} preemptions, {hits} hit tokens, {failed} failed plans");
+    println!("{seen:?}");
     if seeds.end - seeds.start >= DEFAULT_SEEDS {
         assert!(preemptions > 1000 && hits > 10_000 && failed > 100, "the simulation reaches its corners");
+        seen.check();
     }
 }
 

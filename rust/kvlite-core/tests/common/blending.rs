@@ -1,9 +1,12 @@
 //! The rules of a blend, said once more and naively: what is placed, what each round asks, which rows are computed again.
 //!
-//! Works on `Naive` alone. The engine's report says which rows were reused; everything else follows from the request.
+//! Works on `Naive` alone. The device says which rows were placed and where the hit ended; everything else follows from the
+//! request, and from the recipes that earlier requests of its tenant have left.
 
-use super::hashes::{Kv, LAYERS, MAX_SCORING_ROWS, Naive, UNWRITTEN, canonical, depth_of, rotate, value, weight};
-use super::{Blend, Scope};
+use kvlite_core::{MAX_SCORING_ROWS, Scope};
+
+use super::hashes::{Kv, LAYERS, Naive, UNWRITTEN, canonical, depth_of, rotate, value, weight};
+use super::{Asked, Blend};
 
 /// Reused rows `start..end` of the span that begins at `span_start`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub struct Range {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
     pub ranges: Vec<Range>,
+    /// Rounds over all rows leave their mark in the layers that they run through: which reused rows ran, and how deep.
+    pub passes: Vec<(Vec<usize>, usize)>,
     pub chosen: Vec<usize>,
 }
 
@@ -41,28 +46,26 @@ pub fn budget(ratio: f64, num_rows: usize) -> usize {
     ((ratio * num_rows as f64 - 1e-9).ceil().max(0.0) as usize).min(num_rows)
 }
 
-/// Which reused rows of `prompt` a rule computes again, in position order.
-pub fn choose(canonical_prefix: &[i32], prompt: &[i32], ranges: &[Range], blend: &Blend) -> Vec<usize> {
-    let reused = reused_rows(ranges);
+/// What a rule does to `prompt`, all of whose tokens are known.
+pub fn choose(canonical_prefix: &[i32], prompt: &[i32], ranges: Vec<Range>, blend: &Blend) -> Recipe {
+    let reused = reused_rows(&ranges);
     let budget_of = |ratio: f64| budget(ratio, reused.len());
-    if budget_of(blend.ratio) == reused.len() {
-        return reused;
-    }
-    if blend.rounds.is_empty() {
+    let count = budget_of(blend.ratio);
+    if blend.rounds.is_empty() || count == 0 || count == reused.len() {
         let scores = blend.scores.as_deref().unwrap_or(&[]);
         let score = |row: usize| f64::from(scores.get(row).copied().unwrap_or(0.0));
-        return top(&reused, score, budget_of(blend.ratio));
+        return Recipe { chosen: top(&reused, score, count), ranges, passes: Vec::new() };
     }
-    if budget_of(blend.ratio) == 0 {
-        return Vec::new();
-    }
-    let mut naive = placed(canonical_prefix, prompt, ranges);
-    let mut kept = reused.clone();
+    let mut naive = placed(canonical_prefix, prompt, &ranges);
+    let (mut kept, mut passes) = (reused.clone(), Vec::new());
     for (number, round) in blend.rounds.iter().enumerate() {
+        if round.scope == Scope::All {
+            passes.push((kept.clone(), depth_of(round.scope, number)));
+        }
         let scores = score(&mut naive, &reused, &kept, round.scope, number);
         kept = top(&kept, |row| scores[row], budget_of(round.ratio));
     }
-    kept
+    Recipe { ranges, passes, chosen: kept }
 }
 
 /// Runs one round over `naive` and scores every position.
@@ -83,8 +86,8 @@ fn score(naive: &mut Naive, reused: &[usize], kept: &[usize], scope: Scope, numb
             values[row] = values[row].max(value(rotate(scorer.base, row)[depth], old[depth]));
         }
         if asks(row) {
-            for key in 0..row {
-                weights[key] += weight(scorer, naive.kv[key][depth - 1]);
+            for (total, key) in weights.iter_mut().zip(&naive.kv[..row]) {
+                *total += weight(scorer, key[depth - 1]);
             }
         }
     }
@@ -93,7 +96,7 @@ fn score(naive: &mut Naive, reused: &[usize], kept: &[usize], scope: Scope, numb
 
 /// The `count` best of `rows`: higher score first, then lower position; NaN last. In position order.
 fn top(rows: &[usize], score: impl Fn(usize) -> f64, count: usize) -> Vec<usize> {
-    let number = |row: usize| Some(score(row)).filter(|score| !score.is_nan()).unwrap_or(f64::NEG_INFINITY);
+    let number = |row: usize| Some(score(row) + 0.0).filter(|score| !score.is_nan()).unwrap_or(f64::NEG_INFINITY);
     let mut order = rows.to_vec();
     order.sort_by(|&a, &b| number(b).total_cmp(&number(a)).then(a.cmp(&b)));
     order.truncate(count);
@@ -105,10 +108,116 @@ fn top(rows: &[usize], score: impl Fn(usize) -> f64, count: usize) -> Vec<usize>
 pub fn blended(canonical_prefix: &[i32], prompt: &[i32], recipe: &Recipe) -> Naive {
     let mut naive = placed(canonical_prefix, prompt, &recipe.ranges);
     let reused = reused_rows(&recipe.ranges);
-    for row in 0..prompt.len() {
-        if reused.binary_search(&row).is_err() || recipe.chosen.contains(&row) {
-            naive.compute(row, LAYERS);
+    let last = (recipe.chosen.clone(), LAYERS);
+    for (ran, depth) in recipe.passes.iter().chain([&last]) {
+        for row in 0..prompt.len() {
+            if reused.binary_search(&row).is_err() || ran.binary_search(&row).is_ok() {
+                naive.compute(row, *depth);
+            }
         }
     }
     naive
+}
+
+/// What the device saw of one choice's stay before it drew.
+#[derive(Clone, Debug, Default)]
+pub struct Stay {
+    pub hit: usize,
+    /// (start, end), ascending.
+    pub placed: Vec<(usize, usize)>,
+}
+
+/// A blend that was done: others of its tenant may take its KV over.
+struct Known {
+    tenant: u32,
+    rule: (u32, f64, Vec<(u32, u32)>),
+    /// Tokens that a follower must begin with.
+    tokens: Vec<i32>,
+    recipe: Recipe,
+}
+
+/// Says what a blended request must have read.
+#[derive(Default)]
+pub struct Oracle {
+    canonical_prefix: Vec<i32>,
+    known: Vec<Known>,
+    /// Stays that may have left KV without a draw: the tokens known then.
+    begun: Vec<(Asked, Vec<i32>, Stay)>,
+}
+
+impl Oracle {
+    pub fn new(canonical_prefix: &[i32]) -> Oracle {
+        Oracle { canonical_prefix: canonical_prefix.to_vec(), ..Oracle::default() }
+    }
+
+    /// Learns of a stay whose rows were placed.
+    pub fn begin(&mut self, asked: &Asked, tokens: &[i32], stay: &Stay) {
+        self.begun.push((asked.clone(), tokens.to_vec(), stay.clone()));
+    }
+
+    /// The KV of `tokens` (all that were known when the stay began) whose last row ends in `hidden`, and the recipe behind
+    /// it: the request's own, or one that it replays (true). None: no rule explains what was read.
+    pub fn explain(
+        &mut self,
+        asked: &Asked,
+        stay: &Stay,
+        tokens: &[i32],
+        hidden: u64,
+    ) -> Option<(Naive, Recipe, bool)> {
+        let blend = asked.blend.as_ref().expect("a blended request");
+        let ends_so = |naive: &Naive| naive.hidden.last() == Some(&hidden);
+        let own = choose(&self.canonical_prefix, tokens, ranges(blend, &stay.placed), blend);
+        let naive = blended(&self.canonical_prefix, tokens, &own);
+        if ends_so(&naive) {
+            self.remember(asked, blend, &own);
+            return Some((naive, own, false));
+        }
+        if let Some(found) = self.find(asked, stay, tokens, hidden) {
+            return Some(found);
+        }
+        for (asked, tokens, stay) in std::mem::take(&mut self.begun) {
+            let blend = asked.blend.as_ref().expect("only blends are placed");
+            let recipe = choose(&self.canonical_prefix, &tokens, ranges(blend, &stay.placed), blend);
+            self.remember(&asked, blend, &recipe);
+        }
+        self.find(asked, stay, tokens, hidden)
+    }
+
+    /// A recipe of the tenant that says the same.
+    fn find(&self, asked: &Asked, stay: &Stay, tokens: &[i32], hidden: u64) -> Option<(Naive, Recipe, bool)> {
+        let blend = asked.blend.as_ref().expect("a blended request");
+        let rule = (blend.method_id, blend.ratio, blend.spans.clone());
+        let is_open = |known: &&Known| {
+            known.tenant == asked.tenant && known.rule == rule && asked.prompt.starts_with(&known.tokens)
+        };
+        let behind = |range: &Range| (range.start.max(stay.hit), range.end);
+        self.known.iter().rev().filter(is_open).find_map(|known| {
+            let left: Vec<_> = known.recipe.ranges.iter().map(behind).filter(|(start, end)| start < end).collect();
+            let naive = (left == stay.placed).then(|| blended(&self.canonical_prefix, tokens, &known.recipe))?;
+            (naive.hidden.last() == Some(&hidden)).then(|| (naive, known.recipe.clone(), true))
+        })
+    }
+
+    fn remember(&mut self, asked: &Asked, blend: &Blend, recipe: &Recipe) {
+        if recipe.ranges.is_empty() {
+            return;
+        }
+        let num_reused = reused_rows(&recipe.ranges).len();
+        let is_scored = !blend.rounds.is_empty()
+            && !matches!(budget(blend.ratio, num_reused), count if count == 0 || count == num_reused);
+        let spans_end = blend.spans.last().map_or(0, |&(start, len)| (start + len) as usize);
+        let tokens = asked.prompt[..if is_scored { asked.prompt.len() } else { spans_end }].to_vec();
+        let rule = (blend.method_id, blend.ratio, blend.spans.clone());
+        self.known.push(Known { tenant: asked.tenant, rule, tokens, recipe: recipe.clone() });
+    }
+}
+
+fn ranges(blend: &Blend, placed: &[(usize, usize)]) -> Vec<Range> {
+    let of_span = |&(start, end): &(usize, usize)| {
+        let holds = |&&(at, len): &&(u32, u32)| (at as usize..(at + len) as usize).contains(&start);
+        let &(at, len) = blend.spans.iter().find(holds).expect("only rows of spans are placed");
+        assert!(end <= (at + len) as usize, "rows of one span are placed at once");
+        Range { start, end, span_start: at as usize, span_end: (at + len) as usize }
+    };
+    placed.iter().map(of_span).collect()
 }

@@ -5,11 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvlite_core::CoreConfig;
 use kvlite_core::plan::{Header, PROMPT_LOGPROB, PlanView, Region, SAMPLE};
+use kvlite_core::{CoreConfig, Scope};
 
 use super::hashes::{Kv, LAYERS, Row, UNWRITTEN, depth_of, rotate, row, value, weight};
-use super::{Asked, PUBLIC, Scope};
+use super::{Asked, PUBLIC};
 
 /// One sampled row, as the device saw it.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,8 @@ pub struct Results {
     pub drawn: Vec<Drawn>,
     /// Weight and value per key of each score entry.
     pub scored: Vec<[f32; 2]>,
+    /// Handle, choice, first position and the one behind the last of what was placed.
+    pub placed: Vec<(i32, u32, usize, usize)>,
 }
 
 /// Rows of one sequence in one plan, and how they run.
@@ -71,7 +73,8 @@ impl Device {
         }
     }
 
-    /// Learns who sits in which row; done when the plan is read, which is before it runs.
+    /// Learns who sits in which row; done when the plan is read, which is before it runs. Makers of segments come without a
+    /// name: their rows have nobody's, or the last holder's.
     pub fn meet(&mut self, plan: &PlanView<'_>) {
         for [handle, choice, row, _, _] in plan.rows::<5>(Region::Admitted) {
             self.rows[row as usize] = (handle, choice as u32);
@@ -102,6 +105,17 @@ impl Device {
         for [_, _, target] in plan.rows::<3>(Region::BlockCopy) {
             self.kv[target as usize * self.block_size..][..self.block_size].fill([0xdead; LAYERS]);
         }
+        let mut tables = self.tables.clone();
+        plan.expand(&mut tables);
+        for [seq_row, position, len, ..] in plan.rows::<6>(Region::Place) {
+            for position in (position as usize)..(position + len) as usize {
+                if let Some(&block) =
+                    tables[seq_row as usize].get(position / self.block_size).filter(|&&block| block != u32::MAX)
+                {
+                    self.kv[block as usize * self.block_size + position % self.block_size] = [0xdead; LAYERS];
+                }
+            }
+        }
     }
 
     /// Runs a plan: table changes, copies, placements, rows in order, samples.
@@ -113,7 +127,7 @@ impl Device {
             self.owner.copy_within(source.clone(), target as usize * self.block_size);
             self.kv.copy_within(source, target as usize * self.block_size);
         }
-        self.place(plan);
+        let placed = self.place(plan, asked);
         let num_tokens = plan.header(Header::NumTokens) as usize;
         let num_seqs = plan.header(Header::NumSeqs) as usize;
         let positions = plan.flat(Region::Positions, num_tokens);
@@ -152,17 +166,20 @@ impl Device {
         let drawn = plan.rows::<3>(Region::Sample).map(draw).collect();
         let entries = plan.rows::<7>(Region::Score).map(|entry| entry[0] as usize);
         let scored = entries.flat_map(|seq| scorings.remove(&seq).expect("one entry per sequence").scores).collect();
-        Results { drawn, scored }
+        Results { drawn, scored, placed }
     }
 
     /// Copies rows of segments to where the sequences want them, turned to their new positions.
-    fn place(&mut self, plan: &PlanView<'_>) {
+    fn place(&mut self, plan: &PlanView<'_>, asked: &BTreeMap<i32, Asked>) -> Vec<(i32, u32, usize, usize)> {
         let sources = plan.flat(Region::SourceBlocks, plan.header(Header::NumSourceBlocks) as usize);
-        let before = self.kv.clone();
+        let before = if sources.is_empty() { Vec::new() } else { self.kv.clone() };
+        let mut placed = Vec::new();
         let mut targets = BTreeSet::new();
         let mut read = BTreeSet::new();
         for [seq_row, position, len, offset, first, count] in plan.rows::<6>(Region::Place) {
             let blocks = &sources[first as usize..][..count as usize];
+            let (handle, choice) = self.rows[seq_row as usize];
+            placed.push((handle, choice, position as usize, (position + len) as usize));
             assert!(
                 len > 0 && (offset + len) as usize <= blocks.len() * self.block_size,
                 "a place stays in its segment"
@@ -174,10 +191,11 @@ impl Device {
                 assert!(targets.insert(target), "a slot is placed into once");
                 read.insert(source);
                 self.kv[target] = rotate(before[source], position as usize + at);
-                self.owner[target] = PUBLIC; // Whose a segment is, the report says.
+                self.owner[target] = asked[&handle].tenant;
             }
         }
         assert!(targets.is_disjoint(&read), "no placed slot is the source of another");
+        placed
     }
 
     fn scorings(&self, plan: &PlanView<'_>, asked: &BTreeMap<i32, Asked>) -> BTreeMap<usize, Scoring> {
@@ -251,8 +269,8 @@ impl Device {
             *own = own.max(value(stored[depth], old[depth]));
         }
         if (scoring.first..scoring.first + scoring.count).contains(&at) {
-            for key in keys.start..keys.end.min(position) {
-                scoring.scores[key - keys.start][0] += weight(done, self.kv[seen[key]][depth - 1]);
+            for (score, &slot) in scoring.scores.iter_mut().zip(seen.iter().skip(keys.start)) {
+                score[0] += weight(done, self.kv[slot][depth - 1]);
             }
         }
     }

@@ -1,15 +1,15 @@
-//! A core, a device and a reader of plans: the smallest engine, with every promise to the reader checked as it reads.
+//! A core, a device and a reader of plans (`reader`): the smallest engine.
 
 use std::collections::BTreeMap;
 
-use kvlite_core::plan::{Cause, Header, PROMPT_LOGPROB, PlanView, Region, SAMPLE};
-use kvlite_core::sched::policy::{Fcfs, Policy};
+use kvlite_core::plan::{Header, PROMPT_LOGPROB, PlanView, Region};
 use kvlite_core::{Core, CoreConfig, CoreError, FinishReason, PolicyKind};
 
-use super::device::{Device, Drawn};
+use super::Asked;
+use super::device::Device;
 use super::hashes::Naive;
 use super::overlap::Overlap;
-use super::{Asked, mix};
+use super::reuse::{BlendTold, Reuse};
 
 /// What has become of one request.
 pub struct Told {
@@ -18,7 +18,8 @@ pub struct Told {
     /// Output per choice.
     pub outputs: Vec<Vec<i32>>,
     /// Prompt and every token drawn so far, per choice, and the KV that they must have.
-    texts: Vec<Naive>,
+    pub(super) texts: Vec<Naive>,
+    pub(super) blends: Vec<BlendTold>,
     pub finished: Vec<Option<FinishReason>>,
     pub cached_len: Vec<i32>,
     /// Admissions after a preemption, all choices together.
@@ -31,6 +32,14 @@ pub struct Told {
     pub logprobs: Vec<u32>,
     /// Later arrivals admitted before this one, by priority.
     pub passed_by: BTreeMap<i32, u64>,
+}
+
+impl Told {
+    /// Prompt and what was drawn of a choice.
+    fn text<'a>(&'a self, asked: &'a Asked, choice: usize) -> &'a [i32] {
+        let tokens = &self.texts[choice].tokens;
+        if tokens.is_empty() { &asked.prompt } else { tokens }
+    }
 }
 
 /// How one plan ends.
@@ -51,17 +60,18 @@ pub enum Outcome {
 pub struct Engine {
     pub core: Core,
     pub device: Device,
-    arenas: [Vec<i32>; 2],
+    pub(super) arenas: [Vec<i32>; 2],
     /// Arenas whose plan has not run, oldest first.
     in_flight: Vec<usize>,
     next: usize,
-    rows: Vec<Option<(i32, u32)>>,
-    overlap: Overlap,
+    pub(super) rows: Vec<Option<(i32, u32)>>,
+    pub(super) overlap: Overlap,
     pub asked: BTreeMap<i32, Asked>,
     pub told: BTreeMap<i32, Told>,
     pub now_ms: i64,
     arrivals: u64,
     pub digest: u64,
+    pub reuse: Reuse,
 }
 
 /// A small configuration to start from.
@@ -92,6 +102,7 @@ impl Engine {
         let device = Device::new(&config);
         let rows = vec![None; config.max_num_seqs as usize];
         let overlap = Overlap::new(rows.len(), config.block_size);
+        let reuse = Reuse::new(&config);
         let core = Core::new(config).expect("test configurations are valid");
         let len = core.layout().len();
         Engine {
@@ -107,17 +118,25 @@ impl Engine {
             now_ms: 0,
             arrivals: 0,
             digest: 0,
+            reuse,
         }
     }
 
     pub fn add(&mut self, asked: Asked) -> Result<i32, CoreError> {
-        let handle = self.core.add(&asked.request(), self.now_ms)?;
+        let handle = match asked.precompute {
+            None => self.core.add(&asked.request(), self.now_ms)?,
+            Some(pinned) => {
+                self.core.add_segment(&asked.prompt, asked.tenant, pinned, asked.deadline_ms, self.now_ms)?
+            }
+        };
+        self.reuse.ask(handle, &asked);
         let n = asked.n as usize;
         let told = Told {
             arrival: self.arrivals,
             admitted: false,
             outputs: vec![Vec::new(); n],
             texts: vec![Naive::default(); n],
+            blends: vec![BlendTold::default(); n],
             finished: vec![None; n],
             cached_len: vec![0; n],
             resumed: 0,
@@ -138,6 +157,24 @@ impl Engine {
             told.aborted = true;
         }
         self.core.abort(handle)
+    }
+
+    pub fn pin_segment(&mut self, tenant: u32, ids: &[i32], pinned: bool) -> Result<bool, CoreError> {
+        let is_done = self.core.pin_segment(tenant, ids, pinned)?;
+        if pinned {
+            self.reuse.makers_may_fail = true;
+        } else {
+            self.reuse.let_go(tenant, ids);
+        }
+        Ok(is_done)
+    }
+
+    pub fn drop_segment(&mut self, tenant: u32, ids: &[i32]) -> bool {
+        let is_dropped = self.core.drop_segment(tenant, ids);
+        if is_dropped {
+            self.reuse.let_go(tenant, ids);
+        }
+        is_dropped
     }
 
     pub fn finish(&mut self, handle: i32, choice: u32, kept_len: u32, reason: FinishReason) -> bool {
@@ -170,12 +207,29 @@ impl Engine {
         let id = plan.header(Header::PlanId);
         if let Outcome::Failed { garbage } = outcome {
             self.device.fail(&plan, garbage);
+            self.reuse.makers_may_fail = true;
             for (handle, _) in self.device.named(&plan) {
-                self.told.get_mut(&handle).expect("rows belong to requests").faulted = true;
+                if let Some(told) = self.told.get_mut(&handle) {
+                    told.faulted = true; // Or a maker's: it has no name.
+                }
             }
             self.arenas[idx][layout.region(Region::Status).offset] = 1;
         } else {
-            let mut drawn = self.device.run(&plan, &self.asked).drawn;
+            let results = self.device.run(&plan, &self.asked);
+            for (handle, choice, start, end) in &results.placed {
+                let told = self.told.get_mut(handle).expect("rows belong to requests");
+                told.blends[*choice as usize].stay.placed.push((*start, *end));
+            }
+            let mut placed: Vec<_> = results.placed.iter().map(|&(handle, choice, ..)| (handle, choice)).collect();
+            placed.dedup();
+            for (handle, choice) in placed {
+                let (asked, told) = (&self.asked[&handle], &self.told[&handle]);
+                self.reuse.oracle.begin(asked, told.text(asked, choice as usize), &told.blends[choice as usize].stay);
+            }
+            let scored = results.scored.as_flattened().iter().map(|number| number.to_bits() as i32);
+            let region = layout.region(Region::Scored).offset;
+            self.arenas[idx][region..].iter_mut().zip(scored).for_each(|(to, bits)| *to = bits);
+            let mut drawn = results.drawn;
             drawn.iter().for_each(|sample| self.check_draw(sample));
             if let Outcome::FaultyRow { index, id } = outcome
                 && !drawn.is_empty()
@@ -237,122 +291,5 @@ impl Engine {
 
     pub fn output(&self, handle: i32) -> &[i32] {
         &self.told[&handle].outputs[0]
-    }
-
-    fn read(&mut self, idx: usize) {
-        let layout = self.core.layout().clone();
-        let arena = self.arenas[idx].clone();
-        let plan = PlanView::new(&layout, &arena);
-        for &value in &arena[..layout.region(Region::DonePlanId).offset] {
-            self.digest = mix(self.digest ^ u64::from(value as u32));
-        }
-        for [row, position, token] in plan.rows::<3>(Region::Committed) {
-            let (handle, choice) = self.rows[row as usize].expect("tokens come from rows that somebody holds");
-            let told = self.told.get_mut(&handle).expect("rows belong to requests");
-            assert_eq!(told.finished[choice as usize], None, "nothing follows the end of {handle}/{choice}");
-            let output = &mut told.outputs[choice as usize];
-            assert_eq!(output.len(), position as usize, "positions of {handle}/{choice} come one by one");
-            output.push(token);
-            let drawn = told.texts[choice as usize].tokens.get(self.asked[&handle].prompt.len() + position as usize);
-            assert!(told.faulted || drawn == Some(&token), "{handle}/{choice} commits {token}, {drawn:?} was drawn");
-        }
-        for [handle, choice, reason] in plan.rows::<3>(Region::Finished) {
-            let reason = FinishReason::from_code(reason).expect("a known reason");
-            let choices =
-                if choice < 0 { 0..self.asked[&handle].n as usize } else { choice as usize..choice as usize + 1 };
-            assert!(choice >= 0 || !self.told[&handle].admitted, "-1 is for requests that never ran");
-            for choice in choices {
-                self.end(handle, choice, reason);
-            }
-        }
-        for [handle, choice, row, cause, cached_len] in plan.rows::<5>(Region::Admitted) {
-            self.admit(handle, choice as usize, row as usize, cause, cached_len);
-        }
-        self.device.meet(&plan);
-        self.overlap.plan(&plan);
-    }
-
-    /// A sample must come from exactly the KV that its text has, whoever computed it.
-    fn check_draw(&mut self, sample: &Drawn) {
-        let Drawn { handle, choice, kind, position, token, hidden } = *sample;
-        let (asked, position) = (&self.asked[&handle], position as usize);
-        let told = self.told.get_mut(&handle).expect("rows belong to requests");
-        if told.faulted {
-            return;
-        }
-        let text = &mut told.texts[choice as usize];
-        if text.tokens.is_empty() {
-            text.tokens = asked.prompt.clone();
-        }
-        text.settle(position + 1);
-        assert_eq!(hidden, text.hidden[position], "{handle}/{choice} reads wrong KV at position {position}");
-        if kind == SAMPLE {
-            assert_eq!(position + 1, text.tokens.len(), "{handle}/{choice} draws its next token");
-            text.tokens.push(token);
-        }
-    }
-
-    fn end(&mut self, handle: i32, choice: usize, reason: FinishReason) {
-        let asked = &self.asked[&handle];
-        let told = self.told.get_mut(&handle).expect("ends belong to requests");
-        assert_eq!(told.finished[choice], None, "{handle}/{choice} ends once");
-        told.finished[choice] = Some(reason);
-        let output = &told.outputs[choice];
-        let too_late = (1..output.len()).find(|&len| asked.natural_end(&output[..len]).is_some());
-        assert!(too_late.is_none(), "{handle}/{choice} went on after its end: {output:?}");
-        for holder in &mut self.rows {
-            if *holder == Some((handle, choice as u32)) {
-                *holder = None;
-            }
-        }
-        let is_natural = asked.natural_end(output) == Some(reason);
-        let why = match reason {
-            _ if told.asked_to_finish[choice] == Some(reason) => true,
-            FinishReason::Cancelled => told.aborted,
-            FinishReason::Error => told.faulted,
-            FinishReason::Timeout => asked.deadline_ms.is_some_and(|deadline| deadline <= self.now_ms),
-            FinishReason::Stop | FinishReason::Length => is_natural,
-        };
-        assert!(why, "{handle}/{choice} ended with {reason:?} after {output:?}; nobody asked");
-        let wants_logprobs = asked.prompt_logprobs && choice == 0 && is_natural;
-        if wants_logprobs && !told.faulted {
-            let rows = &told.logprobs[..asked.prompt.len() - 1];
-            assert!(rows.iter().all(|&count| count == 1), "{handle}: each prompt position is asked for once: {rows:?}");
-        }
-    }
-
-    fn admit(&mut self, handle: i32, choice: usize, row: usize, cause: i32, cached_len: i32) {
-        // Whoever held the row without having finished was preempted; whoever resumes leaves a former row behind.
-        let resumes = cause == Cause::Resumed as i32;
-        for holder in self.rows.iter_mut().filter(|holder| **holder == Some((handle, choice as u32))) {
-            assert!(resumes, "{handle}/{choice} already has a row");
-            *holder = None;
-        }
-        self.rows[row] = Some((handle, choice as u32));
-        let asked = &self.asked[&handle];
-        assert!((cached_len as usize) <= asked.prompt.len());
-        assert!((asked.use_cache && !asked.prompt_logprobs) || cached_len == 0, "{handle} wants no hit");
-        if cause != Cause::New as i32 {
-            self.told.get_mut(&handle).expect("admissions belong to requests").resumed += u32::from(resumes);
-            return;
-        }
-        assert!((cached_len as usize) < asked.prompt.len(), "at least one prompt token is computed");
-        let told = self.told.get_mut(&handle).expect("admissions belong to requests");
-        told.admitted = true;
-        told.cached_len[choice] = cached_len;
-        let (arrival, priority) = (told.arrival, asked.priority);
-        let rank = Fcfs.rank(arrival, priority);
-        for (other, told) in &mut self.told {
-            if told.admitted || told.finished[0].is_some() {
-                continue;
-            }
-            let other = &self.asked[other];
-            assert!(Fcfs.rank(told.arrival, other.priority) >= rank, "{handle} overtook the head of the queue");
-            if told.arrival < arrival {
-                let passed_by = told.passed_by.entry(priority).or_default();
-                *passed_by += 1;
-                assert!(*passed_by <= Fcfs.may_be_passed_by(other.priority, priority), "the waiting bound holds");
-            }
-        }
     }
 }

@@ -4,12 +4,11 @@
 //! of every visible key. As in a real one, layer 0 depends on token and position alone, and deeper layers on everything
 //! before them. `Naive` holds one prompt's KV in a plain array: the oracle, and the definition of a blend.
 
-use super::{Scope, mix};
+use kvlite_core::Scope;
+
+use super::mix;
 
 pub const LAYERS: usize = 3;
-/// Scoring rows of a `Scope::New` round.
-pub const MAX_SCORING_ROWS: usize = 64;
-
 /// K, V of one row, before or after rotation.
 pub type Kv = [u64; LAYERS];
 
@@ -79,6 +78,12 @@ impl Naive {
         let mut naive = Naive { tokens: tokens.to_vec(), ..Naive::default() };
         naive.settle(tokens.len());
         naive
+    }
+
+    /// The first `len` tokens of it.
+    pub fn cut(&self, len: usize) -> Naive {
+        let (tokens, kv, hidden) = (self.tokens[..len].to_vec(), self.kv[..len].to_vec(), self.hidden[..len].to_vec());
+        Naive { tokens, kv, hidden }
     }
 
     /// Computes what is not there of the first `len` rows, as new text.

@@ -1,7 +1,7 @@
 //! A device that cannot be fooled, and what every engine test shares.
 //!
 //! `hashes` is a transformer in hashes, `device` runs plans with it literally, `blending` says naively what a blended request
-//! must read, `engine` drives a core and checks every promise. What a request samples is a hash of all KV that it reads.
+//! must read, `engine` drives a core, `reader` checks every promise. What a request samples is a hash of all KV that it reads.
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod blending;
@@ -9,8 +9,11 @@ pub mod device;
 pub mod engine;
 pub mod hashes;
 mod overlap;
+mod reader;
+pub mod reuse;
+pub mod workload;
 
-use kvlite_core::FinishReason;
+use kvlite_core::{BlendRequest, FinishReason, Round};
 
 /// splitmix64: one u64 of state, good enough to pick test cases.
 pub struct Rng(pub u64);
@@ -54,26 +57,15 @@ pub struct Asked {
     /// Makes two requests with one prompt go different ways.
     pub seed: u64,
     pub blend: Option<Blend>,
+    /// The prompt is a segment to be made ahead of its use; true: pinned.
+    pub precompute: Option<bool>,
 }
 
 /// Tenant that every other may read from.
 pub const PUBLIC: u32 = (1 << 31) - 1;
 
-/// Rows that a scoring round runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    New,
-    All,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub struct Round {
-    pub scope: Scope,
-    pub ratio: f64,
-}
-
 /// What a request asks of its spans.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Blend {
     /// (start, len)
     pub spans: Vec<(u32, u32)>,
@@ -99,6 +91,7 @@ impl Asked {
             prompt_logprobs: false,
             seed: 0,
             blend: None,
+            precompute: None,
         }
     }
 
@@ -114,11 +107,28 @@ impl Asked {
             tenant: self.tenant,
             use_cache: self.use_cache,
             prompt_logprobs: self.prompt_logprobs,
+            blend: self.blend.as_ref().map(|blend| BlendRequest {
+                spans: &blend.spans,
+                method_id: blend.method_id,
+                ratio: blend.ratio,
+                rounds: &blend.rounds,
+                scores: blend.scores.as_deref(),
+                decode_rows: blend.decode_rows,
+            }),
         }
     }
 
     pub fn draw(&self, read: u64, choice: u32, vocab_size: u32) -> i32 {
         (mix(read ^ mix(self.seed ^ (u64::from(choice) << 40))) % u64::from(vocab_size)) as i32
+    }
+
+    /// Rows that may have to be computed for it, roughly.
+    pub fn work(&self) -> u32 {
+        let (passes, made) = self
+            .blend
+            .as_ref()
+            .map_or((1, 0), |blend| (2 + blend.rounds.len() as u32, blend.spans.iter().map(|&(_, len)| 4 + len).sum()));
+        self.n * (passes * self.prompt.len() as u32 + self.max_tokens) + 3 * made
     }
 
     /// Why a choice ends by itself with this output, if it does.

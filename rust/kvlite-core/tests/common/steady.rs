@@ -72,6 +72,7 @@ impl Steady {
             tenant: 0,
             use_cache: true,
             prompt_logprobs: false,
+            blend: None,
         };
         self.core.add(&request, 0).expect("the pool is large enough");
     }

@@ -1,0 +1,152 @@
+//! What the engine reads in plans, and every promise to it checked as it reads.
+
+use kvlite_core::FinishReason;
+use kvlite_core::plan::{Cause, PlanView, Region, SAMPLE};
+use kvlite_core::sched::policy::{Fcfs, Policy};
+
+use super::device::Drawn;
+use super::engine::Engine;
+use super::mix;
+use super::reuse::{BlendTold, Progress};
+
+impl Engine {
+    pub(super) fn read(&mut self, idx: usize) {
+        let layout = self.core.layout().clone();
+        let arena = self.arenas[idx].clone();
+        let plan = PlanView::new(&layout, &arena);
+        for &value in &arena[..layout.region(Region::DonePlanId).offset] {
+            self.digest = mix(self.digest ^ u64::from(value as u32));
+        }
+        for [row, position, token] in plan.rows::<3>(Region::Committed) {
+            let (handle, choice) = self.rows[row as usize].expect("tokens come from rows that somebody holds");
+            let told = self.told.get_mut(&handle).expect("rows belong to requests");
+            assert_eq!(told.finished[choice as usize], None, "nothing follows the end of {handle}/{choice}");
+            let output = &mut told.outputs[choice as usize];
+            assert_eq!(output.len(), position as usize, "positions of {handle}/{choice} come one by one");
+            output.push(token);
+            let drawn = told.texts[choice as usize].tokens.get(self.asked[&handle].prompt.len() + position as usize);
+            assert!(told.faulted || drawn == Some(&token), "{handle}/{choice} commits {token}, {drawn:?} was drawn");
+        }
+        for [handle, choice, reason] in plan.rows::<3>(Region::Finished) {
+            let reason = FinishReason::from_code(reason).expect("a known reason");
+            let choices =
+                if choice < 0 { 0..self.asked[&handle].n as usize } else { choice as usize..choice as usize + 1 };
+            assert!(choice >= 0 || !self.told[&handle].admitted, "-1 is for requests that never ran");
+            for choice in choices {
+                self.end(handle, choice, reason);
+            }
+        }
+        for [handle, choice, row, cause, cached_len] in plan.rows::<5>(Region::Admitted) {
+            self.admit(handle, choice as usize, row as usize, cause, cached_len);
+        }
+        self.device.meet(&plan);
+        self.overlap.plan(&plan);
+    }
+
+    /// A sample must come from exactly the KV that its text has, whoever computed it.
+    pub(super) fn check_draw(&mut self, sample: &Drawn) {
+        let Drawn { handle, choice, kind, position, token, hidden } = *sample;
+        let (asked, position) = (&self.asked[&handle], position as usize);
+        let told = self.told.get_mut(&handle).expect("rows belong to requests");
+        if told.faulted {
+            return;
+        }
+        let of_choice = choice as usize;
+        if told.texts[of_choice].tokens.is_empty() {
+            told.texts[of_choice].tokens = asked.prompt.clone();
+        }
+        match told.blends[of_choice].progress {
+            Progress::Explained => {}
+            _ if asked.blend.is_none() => {}
+            Progress::Forked => told.texts[of_choice] = told.texts[0].cut(asked.prompt.len()),
+            Progress::Open => {
+                let (stay, tokens) = (&told.blends[of_choice].stay, &told.texts[of_choice].tokens);
+                told.texts[of_choice] = self.reuse.explain(sample, asked, stay, tokens).0;
+            }
+        }
+        told.blends[of_choice].progress = Progress::Explained;
+        let text = &mut told.texts[of_choice];
+        text.settle(position + 1);
+        assert_eq!(hidden, text.hidden[position], "{handle}/{choice} reads wrong KV at position {position}");
+        if kind == SAMPLE {
+            assert_eq!(position + 1, text.tokens.len(), "{handle}/{choice} draws its next token");
+            text.tokens.push(token);
+        }
+    }
+
+    fn end(&mut self, handle: i32, choice: usize, reason: FinishReason) {
+        let asked = &self.asked[&handle];
+        let told = self.told.get_mut(&handle).expect("ends belong to requests");
+        assert_eq!(told.finished[choice], None, "{handle}/{choice} ends once");
+        told.finished[choice] = Some(reason);
+        let output = &told.outputs[choice];
+        let too_late = (1..output.len()).find(|&len| asked.natural_end(&output[..len]).is_some());
+        assert!(too_late.is_none(), "{handle}/{choice} went on after its end: {output:?}");
+        for holder in &mut self.rows {
+            if *holder == Some((handle, choice as u32)) {
+                *holder = None;
+            }
+        }
+        let is_natural = asked.natural_end(output) == Some(reason);
+        let why = match reason {
+            _ if told.asked_to_finish[choice] == Some(reason) => true,
+            FinishReason::Cancelled => told.aborted || self.reuse.is_let_go(asked),
+            FinishReason::Error => told.faulted || self.reuse.may_fail(asked),
+            FinishReason::Timeout => asked.deadline_ms.is_some_and(|deadline| deadline <= self.now_ms),
+            FinishReason::Stop if asked.precompute.is_some() => {
+                self.reuse.check_precomputed(handle, asked, &self.core);
+                true
+            }
+            FinishReason::Stop | FinishReason::Length => is_natural,
+        };
+        assert!(why, "{handle}/{choice} ended with {reason:?} after {output:?}; nobody asked: {asked:?}");
+        let wants_logprobs = asked.prompt_logprobs && choice == 0 && is_natural;
+        if wants_logprobs && !told.faulted {
+            let rows = &told.logprobs[..asked.prompt.len() - 1];
+            assert!(rows.iter().all(|&count| count == 1), "{handle}: each prompt position is asked for once: {rows:?}");
+        }
+    }
+
+    fn admit(&mut self, handle: i32, choice: usize, row: usize, cause: i32, cached_len: i32) {
+        // Whoever held the row without having finished was preempted; whoever resumes leaves a former row behind.
+        let resumes = cause == Cause::Resumed as i32;
+        for holder in self.rows.iter_mut().filter(|holder| **holder == Some((handle, choice as u32))) {
+            assert!(resumes, "{handle}/{choice} already has a row");
+            *holder = None;
+        }
+        self.rows[row] = Some((handle, choice as u32));
+        let asked = &self.asked[&handle];
+        assert!((cached_len as usize) <= asked.prompt.len());
+        assert!((asked.use_cache && !asked.prompt_logprobs) || cached_len == 0, "{handle} wants no hit");
+        let told = self.told.get_mut(&handle).expect("admissions belong to requests");
+        told.blends[choice] = BlendTold::new(cached_len as usize, cause == Cause::Forked as i32);
+        if asked.blend.is_some() {
+            let report = self.core.reuse_report(handle).expect("a live blended request has its report");
+            self.reuse.admit(handle, asked, cached_len as usize, report, cause);
+        }
+        if cause != Cause::New as i32 {
+            told.resumed += u32::from(resumes);
+            return;
+        }
+        assert!((cached_len as usize) < asked.prompt.len(), "at least one prompt token is computed");
+        told.admitted = true;
+        told.cached_len[choice] = cached_len;
+        let (arrival, priority) = (told.arrival, asked.priority);
+        let rank = Fcfs.rank(arrival, priority);
+        for (other, told) in &mut self.told {
+            if told.admitted || told.finished[0].is_some() {
+                continue;
+            }
+            let other = &self.asked[other];
+            if other.blend.is_some() || other.precompute.is_some() {
+                continue; // It may be outside the queue.
+            }
+            assert!(Fcfs.rank(told.arrival, other.priority) >= rank, "{handle} overtook the head of the queue");
+            if told.arrival < arrival {
+                let passed_by = told.passed_by.entry(priority).or_default();
+                *passed_by += 1;
+                assert!(*passed_by <= Fcfs.may_be_passed_by(other.priority, priority), "the waiting bound holds");
+            }
+        }
+    }
+}
