@@ -23,10 +23,14 @@ from tests.bench.virtual import run_virtual
 
 
 class FakeOpenAI:
-    """Answers /v1/models, and completions with as many tokens as are asked; `refuse` gives a 400 after so many."""
+    """Answers /v1/models, and completions with as many tokens as are asked; `refuse` gives a 400 after so many.
 
-    def __init__(self, refuse_after: int | None = None) -> None:
+    A chat over documents finds `blend_cached` of its 100 tokens in the cache when it is blended, else 20.
+    """
+
+    def __init__(self, refuse_after: int | None = None, blend_cached: int = 90) -> None:
         self.refuse_after = refuse_after
+        self.blend_cached = blend_cached
         self.asked: list[dict[str, Any]] = []
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -44,11 +48,14 @@ class FakeOpenAI:
         await writer.drain()
         writer.close()
 
-    @staticmethod
-    def _stream(fields: dict[str, Any]) -> str:
+    def _stream(self, fields: dict[str, Any]) -> str:
         count = fields["max_tokens"]
-        chunks: list[dict[str, Any]] = [{"choices": [{"text": "x", "token_ids": [n]}]} for n in range(count)]
-        usage = {"completion_tokens": count, "prompt_tokens_details": {"cached_tokens": 16}}
+        is_chat = "messages" in fields
+        said: dict[str, Any] = {"delta": {"content": "x"}} if is_chat else {"text": "x"}
+        chunks: list[dict[str, Any]] = [{"choices": [said | {"token_ids": [n]}]} for n in range(count)]
+        cached = (self.blend_cached if fields["reuse"] == "blend" else 20) if is_chat else 16
+        usage: dict[str, Any] = {"completion_tokens": count, "prompt_tokens_details": {"cached_tokens": cached}}
+        usage |= {"prompt_tokens": 100} if is_chat else {}
         lines = [json.dumps(chunk) for chunk in [*chunks, {"choices": [], "usage": usage}]]
         return "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
 
@@ -96,6 +103,32 @@ def test_a_closed_loop_ends_in_figures_that_add_up(
     assert {"commit", "command", "machine"} <= set(figures)
     asked = server.asked[1]
     assert (len(asked["prompt"]), asked["max_tokens"], asked["ignore_eos"]) == (512, 64, True)
+
+
+def test_w3_asks_the_same_chats_blended_and_by_prefix_in_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = FakeOpenAI()
+    with listening(server) as url:
+        arguments = ("--url", url, "--workload", "w3", "--num-requests", "6", "--rate", "500", "--ramp")
+        assert bench(monkeypatch, *arguments, "--slo-ttft-ms", "60000", "--slo-tpot-ms", "60000") == 0
+    figures = figures_of(capsys)
+    assert (figures["w3_blend"]["cached_share"], figures["w3_prefix"]["cached_share"]) == (0.9, 0.2)
+    assert (figures["w3_blend"]["requests"], figures["w3_blend"]["prompt_tokens_mean"]) == (6, 100.0)
+    assert {"x_ttft_w3", "x_throughput_blend", "saturation_blend", "saturation_prefix"} <= set(figures)
+    assert [asked["reuse"] for asked in server.asked[1:3]] == ["blend"] * 2, "the store is warm before"
+    assert [asked["reuse"] for asked in server.asked[3:15]] == (["prefix"] * 2 + ["blend"] * 2) * 3
+    blended = server.asked[5]
+    assert (len(blended["documents"]), len(blended["messages"]), blended["max_tokens"]) == (6, 2, 16)
+    assert blended["reuse_options"] == {"method": "query", "recompute_ratio": 0.15}
+    questions = [asked["messages"][1]["content"] for asked in server.asked[3:]]
+    assert len(set(questions[:12])) == 12
+
+
+def test_w3_without_reuse_gives_no_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening(FakeOpenAI(blend_cached=20)) as url:
+        assert bench(monkeypatch, "--url", url, "--workload", "w3", "--num-requests", "3") == 1
+    assert "documents are not reused" in capsys.readouterr().err
 
 
 def test_plain_sends_only_what_openai_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +182,7 @@ def test_some_failures_are_counted_beside_the_figures(
     ("arguments", "complaint"),
     [
         ("--ramp", "--ramp needs --rate"),
+        ("--workload w3 --plain", "--workload w3 has documents"),
         ("--rate 1 --trace x.jsonl", "exclude each other"),
         ("--num-requests 0", "--num-requests 0: must be above 0"),
         ("--vocab 16", "--vocab 16"),
