@@ -78,6 +78,9 @@ _ERROR_SCHEMA: dict[str, Any] = {
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What /openapi.json says of the errors that a route may answer."""
+    """What /openapi.json says of the errors that a route may answer. FastAPI's own 422, never sent, stays out."""
     content = {"application/json": {"schema": _ERROR_SCHEMA}}
-    return {status: {"description": _STATUSES[status], "content": content} for status in statuses}
+    named: dict[int | str, dict[str, Any]] = {
+        status: {"description": _STATUSES[status], "content": content} for status in statuses
+    }
+    return named | {"default": {"description": "Any other error, in the same shape.", "content": content}}

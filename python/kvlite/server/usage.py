@@ -45,7 +45,7 @@ def reuse_fields(call: Call, ends: Sequence[Delta]) -> Chunk:
     for report in reports:
         if report.segments:
             block["segments"] = [{"id": item.id, "tokens": item.tokens, "hit": item.hit} for item in report.segments]
-        if report.method is not None:
+        if report.method is not None and report.ratio is not None:
             block |= {"method": report.method, "recompute_ratio": report.ratio}
         if report.verify is not None:
             block["verify"] = _verify(report.verify)
