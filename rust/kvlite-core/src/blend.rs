@@ -101,6 +101,16 @@ pub(crate) enum Stage {
     Done,
 }
 
+/// What a rule has decided about the reused rows.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Choice {
+    /// Per round that was run: reused rows that ran in it. Shallow layers of those keep what the round stored, so that
+    /// whoever wants the same KV runs them again.
+    pub ran: Vec<Vec<u32>>,
+    /// Rows computed again in all layers.
+    pub rows: Vec<u32>,
+}
+
 /// Everything that a blended sequence remembers beside its counters.
 #[derive(Debug)]
 pub(crate) struct Blend {
@@ -129,6 +139,10 @@ pub(crate) struct Blend {
     hit: u32,
     len: u32,
     kept: Vec<u32>,
+    /// Of this stay's own rounds, as in `Choice`.
+    ran: Vec<Vec<u32>>,
+    /// A choice that was made before: its rounds over all rows run again, unread.
+    replayed: Option<Arc<Choice>>,
     /// Per position of the hull: weight, value.
     scored: Vec<(f64, f32)>,
 }
@@ -157,6 +171,8 @@ impl Blend {
             hit: 0,
             len: 0,
             kept: Vec::new(),
+            ran: Vec::new(),
+            replayed: None,
             scored: Vec::new(),
         }
     }
@@ -191,9 +207,9 @@ impl Blend {
         start..self.reused.last().map_or(start, |range| range.end)
     }
 
-    /// Starts a stay over `len` known tokens behind `hit`; `reused` is set. Returns the rows to compute again if they are
-    /// known without scoring: all, none, or those that static scores choose.
-    pub fn begin(&mut self, hit: u32, len: u32) -> Option<Vec<u32>> {
+    /// Starts a stay over `len` known tokens behind `hit`; `reused` is set. Returns the choice if it is known without
+    /// scoring: all rows, none, or those that static scores choose.
+    pub fn begin(&mut self, hit: u32, len: u32) -> Option<Choice> {
         (self.hit, self.len) = (hit, len);
         self.kept = self.reused.iter().flat_map(|range| range.start..range.end).collect();
         let rule = Arc::clone(&self.rule);
@@ -201,15 +217,38 @@ impl Blend {
         if budget == self.kept.len() || budget == 0 || rule.rounds.is_empty() {
             let scores = rule.scores.as_deref().unwrap_or(&[]);
             let score = |row: u32| scores.get(row as usize).map_or(0.0, |&score| f64::from(score));
-            return Some(best(std::mem::take(&mut self.kept), score, budget));
+            return Some(Choice { ran: Vec::new(), rows: best(std::mem::take(&mut self.kept), score, budget) });
         }
         self.start_round(0);
         None
     }
 
+    /// Starts a stay in which nothing is left to choose.
+    pub fn replay(&mut self, hit: u32, len: u32, choice: Arc<Choice>) {
+        (self.hit, self.len) = (hit, len);
+        self.replayed = Some(choice);
+        self.replay_from(0);
+    }
+
+    /// The next round over all rows that left its mark, or the rows to compute again.
+    fn replay_from(&mut self, round: usize) {
+        let choice = Arc::clone(self.replayed.as_ref().expect("a replay"));
+        let leaves_a_mark = |&round: &usize| self.rule.rounds[round].scope == Scope::All;
+        match (round..choice.ran.len()).find(leaves_a_mark) {
+            Some(round) => {
+                self.kept.clone_from(&choice.ran[round]);
+                self.start_round(round);
+            }
+            None => self.recompute(&choice.rows),
+        }
+    }
+
     fn start_round(&mut self, round: usize) {
         let kept: &[u32] = if self.rule.rounds[round].scope == Scope::All { &self.kept } else { &[] };
         self.rows = list(&self.reused, kept, self.hit, self.len);
+        if self.replayed.is_none() {
+            self.ran.push(kept.to_vec());
+        }
         self.next = 0;
         self.stage = Stage::Score(round);
         self.scored.clear();
@@ -242,20 +281,23 @@ impl Blend {
         matches!(self.stage, Stage::Score(_)) && self.unread == 0 && self.next == self.rows.len()
     }
 
-    /// Keeps the best rows; starts the next round, or returns what is to be computed again.
-    pub fn finish_round(&mut self) -> Option<Vec<u32>> {
+    /// Keeps the best rows; starts the next round, or returns the choice.
+    pub fn finish_round(&mut self) -> Option<Choice> {
         let Stage::Score(round) = self.stage else { panic!("a round is finished while it runs") };
+        if self.replayed.is_some() {
+            self.replay_from(round + 1);
+            return None;
+        }
         let count = budget_of(self.rule.rounds[round].ratio, self.num_reused());
         let start = self.hull().start;
         let score = |row: u32| {
             let (weight, value) = self.scored[(row - start) as usize];
             weight * f64::from(value)
         };
-        let kept = best(std::mem::take(&mut self.kept), score, count);
+        self.kept = best(std::mem::take(&mut self.kept), score, count);
         if round + 1 == self.rule.rounds.len() {
-            return Some(kept);
+            return Some(Choice { ran: std::mem::take(&mut self.ran), rows: std::mem::take(&mut self.kept) });
         }
-        self.kept = kept;
         self.start_round(round + 1);
         None
     }
@@ -268,16 +310,11 @@ impl Blend {
         self.scored = Vec::new();
     }
 
-    /// Sets the stay's bounds where no choice is to be made: a recipe says which rows.
-    pub fn replay(&mut self, hit: u32, len: u32, chosen: &[u32]) {
-        (self.hit, self.len) = (hit, len);
-        self.recompute(chosen);
-    }
-
     /// Nothing is left to place, score or repair.
     pub fn end_stage(&mut self) {
         self.stage = Stage::Done;
         (self.rows, self.kept, self.next) = (Vec::new(), Vec::new(), 0);
+        (self.ran, self.replayed) = (Vec::new(), None);
     }
 
     /// Forgets the stay; rule, holes and recipe remain.

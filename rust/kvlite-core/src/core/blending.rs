@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::reuse::{ReuseReport, SpanOutcome};
 use super::{Core, PlanEntry, PlanRecord};
-use crate::blend::{Blend, Origin, Reused, Stage};
+use crate::blend::{Blend, Choice, Origin, Reused, Stage};
 use crate::cache::{PartialHit, SegmentState};
 use crate::ids::{Label, Lookup};
 use crate::plan::{PlanWriter, Region, SAMPLE};
@@ -125,16 +125,16 @@ impl Core {
         }
         let replayed = recipe.map(|number| Arc::clone(&self.recipes.get(number).chosen));
         if is_first {
-            self.report_reuse(slot, hit, replayed.as_deref());
+            self.report_reuse(slot, hit, replayed.as_ref().map(|choice| &*choice.rows));
         }
         let blend = self.seqs[slot as usize].blend.as_mut().expect("looked at above");
         if blend.reused.is_empty() {
             blend.stage = Stage::Done;
             blend.uses_segments = false;
-        } else if let Some(chosen) = replayed {
-            blend.replay(hit, len, &chosen);
-        } else if let Some(chosen) = blend.begin(hit, len) {
-            self.choose(slot, chosen, false);
+        } else if let Some(choice) = replayed {
+            blend.replay(hit, len, choice);
+        } else if let Some(choice) = blend.begin(hit, len) {
+            self.choose(slot, choice);
         }
     }
 
@@ -172,15 +172,15 @@ impl Core {
     }
 
     /// The rows to compute again are known: so is the recipe.
-    fn choose(&mut self, slot: u32, chosen: Vec<u32>, by_new_rows: bool) {
+    fn choose(&mut self, slot: u32, choice: Choice) {
         let seq = &mut self.seqs[slot as usize];
         let (prompt_len, tenant) = (seq.prompt_len, seq.tenant());
         let blend = seq.blend.as_mut().expect("a blended sequence");
-        blend.recompute(&chosen);
-        let scored_len = if by_new_rows { prompt_len } else { blend.rule.spans_end() };
+        blend.recompute(&choice.rows);
+        let scored_len = if choice.ran.is_empty() { blend.rule.spans_end() } else { prompt_len };
         let reused = blend.reused.iter().map(|range| (range.start, range.end)).collect();
         let tokens = &seq.tokens[..scored_len as usize];
-        let number = self.recipes.intern((tenant, &blend.rule), tokens, reused, chosen, &self.cache);
+        let number = self.recipes.intern((tenant, &blend.rule), tokens, reused, choice, &self.cache);
         blend.recipe = Some(number);
     }
 
@@ -323,9 +323,9 @@ impl Core {
     fn end_round(&mut self, slot: u32) {
         let blend = self.seqs[slot as usize].blend.as_mut().expect("only blends have rounds");
         if blend.is_round_over()
-            && let Some(chosen) = blend.finish_round()
+            && let Some(choice) = blend.finish_round()
         {
-            self.choose(slot, chosen, true);
+            self.choose(slot, choice);
         }
     }
 

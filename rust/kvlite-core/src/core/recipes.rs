@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rustc_hash::{FxHashMap, FxHasher};
 
-use crate::blend::Rule;
+use crate::blend::{Choice, Rule};
 use crate::cache::Cache;
 use crate::ids::{Label, TenantId, Token};
 
@@ -27,8 +27,8 @@ pub(super) struct Recipe {
     tokens: Box<[Token]>,
     /// (start, end) of reused rows, ascending.
     pub reused: Box<[(u32, u32)]>,
-    /// Of those, the rows computed again.
-    pub chosen: Arc<[u32]>,
+    /// What became of them.
+    pub chosen: Arc<Choice>,
     key: u64,
     /// Sequences that make it or may resume with it.
     pub holders: u32,
@@ -90,14 +90,14 @@ impl Recipes {
         (tenant, rule): (TenantId, &Arc<Rule>),
         tokens: &[Token],
         reused: Box<[(u32, u32)]>,
-        chosen: Vec<u32>,
+        chosen: Choice,
         cache: &Cache,
     ) -> u32 {
         let key = key(tenant, rule, tokens);
         let is_same = |&&number: &&u32| {
             let recipe = self.get(number);
             let same = recipe.has(tenant, rule) && *recipe.tokens == *tokens;
-            same && recipe.reused == reused && *recipe.chosen == *chosen
+            same && recipe.reused == reused && *recipe.chosen == chosen
         };
         if let Some(&number) = self.by_key.get(&key).and_then(|numbers| numbers.iter().find(is_same)) {
             self.hold(number);
@@ -113,7 +113,7 @@ impl Recipes {
             rule: Arc::clone(rule),
             tokens: tokens.into(),
             reused,
-            chosen: chosen.into(),
+            chosen: Arc::new(chosen),
             key,
             holders: 1,
         };

@@ -146,7 +146,7 @@ impl Texts {
         let question = if rng.chance(90) { rng.range(1, 6) as usize } else { 0 };
         let question = question.max(usize::from(prompt.is_empty())).min(limit - prompt.len());
         prompt.extend(random_ids(rng, question, config.vocab_size));
-        let method_id = [0, 1, 2, 5][rng.range(0, 3) as usize];
+        let method_id = rng.range(0, 6) as u32;
         let ratio = [0.0, 1.0, 0.15, 0.3, 0.5, 1.0 / 3.0, 0.999][rng.range(0, 6) as usize];
         let (rounds, scores) = rule(method_id, ratio, prompt.len());
         let asked = self.asked(rng, config, now_ms, prompt);
