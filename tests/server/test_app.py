@@ -3,14 +3,12 @@
 import asyncio
 import json
 import threading
-from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvlite.config import EngineConfig
 from kvlite.errors import CapacityError, EngineClosedError, EngineError
-from kvlite.reuse_types import ReuseMode, ReuseReport, SegmentHit, SegmentReport, VerifyReport
 from kvlite.types import FinishReason, Logprob, TokenLogprobs, Usage
 
 from .fakes import CHAT, MODEL, FakeEngine, WatchedTokenizer, answer, delta, run
@@ -79,50 +77,6 @@ def test_a_stream_gives_the_role_first_and_one_end_per_choice_and_the_usage_last
         assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == [end]
         assert own[-1]["finish_reason"] == end
     assert len(choices) == 2 + 4, "a delta that says nothing is not sent"
-
-
-BLENDED = ReuseReport(
-    ReuseMode.BLEND, False, 16, 80, 14, 10, (SegmentReport("lease", 94, SegmentHit.DEVICE),), "query", 0.15
-)
-VERIFIED = replace(
-    BLENDED, mode=ReuseMode.VERIFY, verify=VerifyReport(0.25, False, 1.5, 1, 3, 4, (5, 6, 7, 8), "Rome"), fallback="why"
-)
-
-
-def test_a_blended_answer_says_what_was_reused():
-    engine = FakeEngine([answer(prompt=120, cached=96, reuse=BLENDED)], warnings=("no place for documents",))
-    body = CHAT | {"reuse": "blend", "documents": [{"id": "lease", "text": "x"}], "colour": 1}
-    reply = one(engine, CHAT_PATH, body)
-    assert reply.json["kvlite"] == {
-        "reuse": "blend", "exact": False, "prefix_tokens": 16, "blended_tokens": 80, "recomputed_tokens": 14,
-        "computed_tokens": 10, "segments": [{"id": "lease", "tokens": 94, "hit": "device"}], "method": "query",
-        "recompute_ratio": 0.15,
-    }  # fmt: skip
-    assert reply.json["usage"]["prompt_tokens_details"]["cached_tokens"] == 96
-    assert reply.json["warnings"] == ['unknown field "colour" was ignored', "no place for documents"]
-    assert [document.id for document in engine.documents[0]] == ["lease"]
-
-
-def test_a_verified_answer_says_how_the_blended_one_differs():
-    block = one(FakeEngine([answer(reuse=VERIFIED)]), CHAT_PATH, CHAT | {"reuse": "verify"}).json["kvlite"]
-    assert block["reuse"] == "verify"
-    assert block["fallback"] == "why"
-    assert block["verify"] == {
-        "kl": 0.25, "top1_equal": False, "max_logit_difference": 1.5, "equal_tokens": 1, "exact_tokens": 3,
-        "blended_tokens": 4, "first_difference": 1, "blended_text": "Rome",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("include_usage", [False, True])
-def test_the_last_chunk_of_a_stream_has_the_reuse(include_usage: bool):
-    body = CHAT | {"stream": True, "reuse": "blend"}
-    if include_usage:
-        body |= {"stream_options": {"include_usage": True}}
-    *chunks, last = one(FakeEngine([answer(reuse=BLENDED)]), CHAT_PATH, body).events
-    assert last["kvlite"]["blended_tokens"] == 80
-    assert ("usage" in last) == include_usage
-    assert bool(last["choices"]) != include_usage
-    assert not any("kvlite" in chunk for chunk in chunks)
 
 
 def test_chat_logprobs_carry_bytes_and_a_floor_instead_of_minus_infinity():
