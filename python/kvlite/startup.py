@@ -138,7 +138,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
         block_size=config.block_size,
         phase_s=phases,
     )
-    runner = ModelRunner(decoder, pool, _sampler(config, model, device, ops))
+    sampler, canonical_len = _sampler(config, model, device, ops), len(identity.canonical_prefix)
+    runner = ModelRunner(decoder, pool, sampler, canonical_len=canonical_len)
     return Parts(tokenizer, limits, runner, core, arenas, startup)
 
 
