@@ -80,12 +80,54 @@ impl CoreConfig {
         }
         range("max_segments", self.max_segments.into(), 1, 1 << 12)?;
         let prefix_len = self.canonical_prefix.len() as u64;
-        range("canonical_prefix (tokens)", prefix_len, 0, u64::from(self.max_model_len) - 2)?;
+        range("canonical_prefix_len", prefix_len, 0, u64::from(self.max_model_len) - 2)?;
         for (index, &token) in self.canonical_prefix.iter().enumerate() {
             if u32::try_from(token).map_or(true, |id| id >= self.vocab_size) {
                 return Err(CoreError::CanonicalPrefix { index, token, vocab_size: self.vocab_size });
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn small() -> CoreConfig {
+        CoreConfig {
+            num_blocks: 4,
+            block_size: 4,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 4,
+            max_model_len: 8,
+            max_num_waiting: 8,
+            vocab_size: 9,
+            enable_prefix_caching: true,
+            policy: PolicyKind::Fcfs,
+            attention_cost_tokens: 1,
+            reserve_tokens: 0,
+            segment_cache_ratio: 0.5,
+            model_digest: 0,
+            canonical_prefix: vec![],
+            max_segments: 1,
+            watermark_ratio: 1.0,
+            hash_seed: 0,
+        }
+    }
+
+    #[test]
+    fn settings_of_segments_out_of_range_are_named_with_their_value_and_range() {
+        let refused = |config: CoreConfig| config.validate().expect_err("out of range").to_string();
+        for value in [-0.1, 1.1, f64::NAN] {
+            let text = refused(CoreConfig { segment_cache_ratio: value, ..small() });
+            assert_eq!(text, format!("segment_cache_ratio is {value}, allowed is a share from 0 to 1"));
+        }
+        assert_eq!(refused(CoreConfig { max_segments: 0, ..small() }), "max_segments is 0, allowed are 1 to 4096");
+        let text = refused(CoreConfig { canonical_prefix: vec![1, 9], ..small() });
+        assert_eq!(text, "canonical_prefix token 1 is 9, allowed are 0 to 9 (exclusive)");
+        let text = refused(CoreConfig { canonical_prefix: vec![1; 7], ..small() });
+        assert_eq!(text, "canonical_prefix_len is 7, allowed are 0 to 6");
+        small().validate().expect("all in range");
     }
 }

@@ -241,7 +241,13 @@ impl Tree {
     fn find_readable(&self, parent: Parent, tokens: &[Token], readable: Readable) -> Option<u32> {
         let Readable(first, second) = readable;
         let found = self.find(parent, first, tokens);
-        if found.is_some() || first == second { found } else { self.find(parent, second, tokens) }
+        let is_decided = found.is_some() || first == second || !self.may_have_public(parent);
+        if is_decided { found } else { self.find(parent, second, tokens) }
+    }
+
+    /// Public blocks have no parents but public ones; saves asking for them elsewhere.
+    fn may_have_public(&self, parent: Parent) -> bool {
+        parent.as_block().is_none_or(|block| self.label(block) == Some(Label::PUBLIC))
     }
 
     /// The block of this label below `parent` with these tokens, by hash.
@@ -272,7 +278,7 @@ impl Tree {
         let hash = self.hash.of(parent.0, label, tokens);
         let own = self.find_hashed(parent, label, tokens, hash);
         let public = || self.find(parent, Label::PUBLIC, tokens);
-        let may_share = label.is_exact() && label != Label::PUBLIC;
+        let may_share = label.is_exact() && label != Label::PUBLIC && self.may_have_public(parent);
         if let Some(existing) = own.or_else(|| if may_share { public() } else { None }) {
             return Err(existing);
         }
