@@ -159,7 +159,7 @@ def test_a_creation_that_is_cancelled_or_refused_keeps_nothing() -> None:
             assert await asyncio.to_thread(served._wait_until_idle, TIMEOUT_S)
             assert served.get_document(0, "nora") is None and served.stats().pinned_blocks == 0
             await served.create_document(BEN)
-            with pytest.raises(CapacityError, match="all 1 documents are taken"):
+            with pytest.raises(CapacityError, match="1 documents are kept"):
                 await served.create_document(NORA)
             for document, param in ((Document("x " * 5000), "document.text"), (Document(id="lost"), "document.text")):
                 with pytest.raises(InvalidRequestError) as caught:

@@ -19,7 +19,7 @@ class Clock:
 
 
 def document(id: str = "a", text: str = "Nora", tenant: int = 0, **more: Any) -> StoredDocument:
-    return StoredDocument(id, text, None, tenant, tuple(map(ord, text)), **({"created": 1000.0} | more))
+    return StoredDocument(id, text, None, tenant, text.encode("utf-32-le"), **({"created": 1000.0} | more))
 
 
 def test_a_tenant_sees_its_own_and_public_documents_and_nobody_elses() -> None:
@@ -57,28 +57,41 @@ def test_documents_end_with_their_time() -> None:
 
 
 def test_a_full_store_refuses_new_documents_and_takes_replacements() -> None:
-    store = DocumentStore(2)
-    store.put(document("a"))
-    store.put(document("b"))
-    with pytest.raises(CapacityError, match="all 2 documents are taken"):
+    store = DocumentStore(4)
+    for one in (document("a"), document("b"), document("a", tenant=1)):
+        store.put(one)
+    with pytest.raises(CapacityError, match="2 documents are kept for one tenant"):
         store.put(document("c"))
+    store.put(document("p", tenant=PUBLIC_TENANT))
+    for full in (document("b", tenant=1), document("q", tenant=PUBLIC_TENANT)):
+        with pytest.raises(CapacityError, match="4 documents are kept for all tenants"):
+            store.put(full)
     replaced = store.put(document("a", "new"))
     assert replaced is not None and replaced.text == "Nora"
     store.delete(0, "b")
     store.put(document("c"))
-    assert [one.id for one in store.list(0)] == ["a", "c"]
+    assert [one.id for one in store.list(0)] == ["a", "p", "c"]
 
 
-def test_texts_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_bounded_for_one_tenant_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvlite.documents.BYTES_LIMIT", 1200)
     store = DocumentStore(100)
     store.put(document("a", "x" * 60))
-    with pytest.raises(CapacityError, match="at most 1200"):
+    with pytest.raises(CapacityError, match="600 bytes of documents are kept for one tenant"):
         store.put(document("b", "y" * 60))
-    store.put(document("a", "z" * 90))
+    store.put(document("a", "z" * 70))
+    store.put(document("b", "y" * 70, tenant=1))
+    with pytest.raises(CapacityError, match="1200 bytes of documents are kept for all tenants"):
+        store.put(document("c", "y" * 30, tenant=2))
     store.delete(0, "a")
-    store.put(document("b", "y" * 90))
+    store.put(document("c", "y" * 30, tenant=2))
+    assert len(store) == 2 and set(store._held) == {1, 2}
     assert BYTES_LIMIT > 1 << 20
+
+
+def test_a_store_of_none_refuses_every_document() -> None:
+    with pytest.raises(CapacityError, match="0 documents"):
+        DocumentStore(0).put(document())
 
 
 def test_a_segment_is_shared_by_documents_of_one_tenant_alone() -> None:

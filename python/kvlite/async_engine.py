@@ -207,6 +207,8 @@ class AsyncEngine:
 
     async def _make(self, order: ValidatedRequest) -> None:
         async for delta in self._stream(order):
+            if delta.finish_reason is FinishReason.CANCELLED and self.draining:
+                raise EngineClosedError
             check_made(delta)
 
     async def drain(self, timeout_s: float) -> bool:

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvlite.errors import CapacityError
 from kvlite.reuse_types import Document
 
@@ -40,12 +43,17 @@ class StoredDocument:
     text: str
     title: str | None
     tenant: int
-    token_ids: tuple[int, ...]
-    """Of its segment."""
+    ids: bytes
+    """Of its segment, as int32."""
     created: float
     """Unix seconds, as `expires`."""
     expires: float | None = None
     pinned: bool = False
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Of its segment."""
+        return np.frombuffer(self.ids, np.int32)
 
     @property
     def document(self) -> Document:
@@ -69,14 +77,15 @@ class DocumentInfo:
 
 
 class DocumentStore:
-    """At most `max_documents` of them and BYTES_LIMIT of text, over all tenants."""
+    """At most `max_documents` of them and BYTES_LIMIT over all tenants; one tenant gets half of either."""
 
     def __init__(self, max_documents: int, clock: Callable[[], float] = time.time) -> None:
         self._max_documents = max_documents
         self._clock = clock
         self._lock = threading.Lock()
         self._documents: dict[tuple[int, str], StoredDocument] = {}
-        self._num_bytes = 0
+        self._held: dict[int, tuple[int, int]] = {}
+        """(documents, bytes) of every tenant that has any."""
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -90,14 +99,24 @@ class DocumentStore:
         """Keeps it; returns the one of the same tenant and id that it replaces. Raises CapacityError when full."""
         with self._lock:
             old = self._documents.get((document.tenant, document.id))
-            size = self._num_bytes + _size(document) - (0 if old is None else _size(old))
-            if old is None and len(self._documents) >= self._max_documents:
-                raise CapacityError(f"all {self._max_documents} documents are taken: delete one, or raise the limit")
-            if size > BYTES_LIMIT:
-                raise CapacityError(f"stored documents would have {size} bytes of text, at most {BYTES_LIMIT} are kept")
+            count, size = int(old is None), _size(document) - (0 if old is None else _size(old))
+            share = 1 if document.tenant == PUBLIC_TENANT else 2
+            everybody = [sum(each) for each in zip((0, 0), *self._held.values(), strict=True)]
+            held = self._held.get(document.tenant, (0, 0))
+            for taken, part, whole in ((everybody, 1, "all tenants"), (held, share, "one tenant")):
+                most = max(self._max_documents // part, min(self._max_documents, 1))
+                if count and taken[0] >= most:
+                    raise CapacityError(f"{most} documents are kept for {whole} at most: delete one first")
+                if size > 0 and taken[1] + size > BYTES_LIMIT // part:
+                    raise CapacityError(f"{BYTES_LIMIT // part} bytes of documents are kept for {whole} at most")
+            self._count(document.tenant, count, size)
             self._documents[document.tenant, document.id] = document
-            self._num_bytes = size
             return old
+
+    def _count(self, tenant: int, count: int, size: int) -> None:
+        held = self._held.pop(tenant, (0, 0))
+        if held[0] + count:
+            self._held[tenant] = (held[0] + count, held[1] + size)
 
     def get(self, tenant: int, id: str) -> StoredDocument | None:
         """The tenant's own document of that id, else the public one."""
@@ -119,7 +138,7 @@ class DocumentStore:
         with self._lock:
             found = self._documents.pop((tenant, id), None)
             if found is not None:
-                self._num_bytes -= _size(found)
+                self._count(tenant, -1, -_size(found))
             return None if found is None or self._is_over(found) else found
 
     def expire(self) -> list[StoredDocument]:
@@ -128,7 +147,7 @@ class DocumentStore:
             over = [found for found in self._documents.values() if self._is_over(found)]
             for found in over:
                 del self._documents[found.tenant, found.id]
-                self._num_bytes -= _size(found)
+                self._count(found.tenant, -1, -_size(found))
             return over
 
     def is_shared(self, document: StoredDocument) -> bool:
@@ -144,7 +163,7 @@ class DocumentStore:
             return any(
                 found.tenant == document.tenant
                 and found.id != document.id
-                and found.token_ids == document.token_ids
+                and found.ids == document.ids
                 and (found.pinned or not pinned)
                 for found in self._documents.values()
             )
@@ -159,4 +178,4 @@ def new_id() -> str:
 
 
 def _size(document: StoredDocument) -> int:
-    return len(document.text) * 4 + len(document.token_ids) * 8
+    return len(document.text) * 4 + len(document.ids)

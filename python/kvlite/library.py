@@ -80,7 +80,7 @@ class Library:
         now = self._store.now
         expires = None if ttl_s is None else now + ttl_s
         stored = StoredDocument(
-            document.id or new_id(), document.text, document.title, tenant, tuple(ids), now, expires, pinned
+            document.id or new_id(), document.text, document.title, tenant, _packed(ids), now, expires, pinned
         )
         return stored, self.order(stored)
 
@@ -111,7 +111,7 @@ class Library:
         if old is not None and old.tenant == stored.tenant:
             stored = replace(stored, created=old.created)
         replaced = self._store.put(stored)
-        if replaced is not None and replaced.token_ids != stored.token_ids:
+        if replaced is not None and replaced.ids != stored.ids:
             self._release(replaced)
         return self.info(stored)
 
@@ -128,9 +128,9 @@ class Library:
             expires=stored.expires,
         )
 
-    def state(self, tenant: int, ids: Sequence[int]) -> DocumentState:
+    def state(self, tenant: int, ids: NDArray[np.int32]) -> DocumentState:
         """Where the KV of a segment is that `tenant` may use."""
-        found = self._core.segment(tenant, np.asarray(ids, np.int32))
+        found = self._core.segment(tenant, ids)
         if found is None:
             return DocumentState.EVICTED
         return DocumentState.READY if found["state"] == "ready" else DocumentState.MAKING
@@ -176,11 +176,12 @@ class Library:
 
     def _ids_of(self, document: Document, tenant: int) -> NDArray[np.int32]:
         stored = self._store.get(tenant, document.id) if document.text is None and document.id is not None else None
-        ids = self._tokenizer.document_ids(document) if document.text is not None else stored and stored.token_ids
-        return np.asarray(ids or (), np.int32)
+        if stored is not None:
+            return stored.token_ids
+        return np.asarray(() if document.text is None else self._tokenizer.document_ids(document), np.int32)
 
     def _pin(self, stored: StoredDocument) -> None:
-        self._pin_ids(stored.tenant, np.asarray(stored.token_ids, np.int32), stored.pinned)
+        self._pin_ids(stored.tenant, stored.token_ids, stored.pinned)
 
     def _pin_ids(self, tenant: int, ids: NDArray[np.int32], pinned: bool) -> bool:
         try:
@@ -203,9 +204,13 @@ class Library:
     def _release(self, stored: StoredDocument) -> None:
         """A document is gone: its segment too, unless another one needs it."""
         if not self._store.is_shared(stored):
-            self._core.drop_segment(stored.tenant, np.asarray(stored.token_ids, np.int32))
+            self._core.drop_segment(stored.tenant, stored.token_ids)
         elif stored.pinned and not self._store.is_pinned(stored):
             self._pin(replace(stored, pinned=False))
+
+
+def _packed(ids: list[int]) -> bytes:
+    return np.asarray(ids, np.int32).tobytes()
 
 
 def check_made(last: Delta) -> None:

@@ -130,7 +130,7 @@ def validate(
 
 
 def validate_segment(
-    limits: RequestLimits, ids: Sequence[int], options: RequestOptions, *, pinned: bool = False
+    limits: RequestLimits, ids: Sequence[int] | NDArray[np.int32], options: RequestOptions, *, pinned: bool = False
 ) -> ValidatedRequest:
     """A request that makes a segment; `options.tenant` may be PUBLIC_TENANT. Raises InvalidRequestError."""
     checked = replace(options, tenant=0) if options.tenant == PUBLIC_TENANT else options
