@@ -48,6 +48,7 @@ pub(crate) struct Rule {
     pub ratio: f64,
     pub rounds: Box<[Round]>,
     pub scores: Option<Box<[f32]>>,
+    pub decode_rows: u32,
 }
 
 impl Rule {
@@ -145,6 +146,10 @@ pub(crate) struct Blend {
     replayed: Option<Arc<Choice>>,
     /// Per position of the hull: weight, value.
     scored: Vec<(f64, f32)>,
+    /// Reused rows that no pass has computed again; empty where decode steps repair none.
+    open: Vec<u32>,
+    /// Rows that decode steps have computed again; a later stay does so at once.
+    repaired: Vec<u32>,
 }
 
 /// ceil(ratio * rows).
@@ -174,6 +179,8 @@ impl Blend {
             ran: Vec::new(),
             replayed: None,
             scored: Vec::new(),
+            open: Vec::new(),
+            repaired: Vec::new(),
         }
     }
 
@@ -239,7 +246,11 @@ impl Blend {
                 self.kept.clone_from(&choice.ran[round]);
                 self.start_round(round);
             }
-            None => self.recompute(&choice.rows),
+            None => {
+                let mut rows = [&choice.rows[..], &self.repaired].concat();
+                rows.sort_unstable();
+                self.recompute(&rows);
+            }
         }
     }
 
@@ -290,11 +301,8 @@ impl Blend {
         }
         let count = budget_of(self.rule.rounds[round].ratio, self.num_reused());
         let start = self.hull().start;
-        let score = |row: u32| {
-            let (weight, value) = self.scored[(row - start) as usize];
-            weight * f64::from(value)
-        };
-        self.kept = best(std::mem::take(&mut self.kept), score, count);
+        let scored = &self.scored;
+        self.kept = best(std::mem::take(&mut self.kept), |row| product(scored, start, row), count);
         if round + 1 == self.rule.rounds.len() {
             return Some(Choice { ran: std::mem::take(&mut self.ran), rows: std::mem::take(&mut self.kept) });
         }
@@ -307,7 +315,33 @@ impl Blend {
         self.rows = list(&self.reused, chosen, self.hit, self.len);
         self.next = 0;
         self.stage = Stage::Recompute;
-        self.scored = Vec::new();
+        if self.rule.decode_rows > 0 {
+            let reused = self.reused.iter().flat_map(|range| range.start..range.end);
+            self.open = reused.filter(|row| chosen.binary_search(row).is_err()).collect();
+            self.scored.resize(self.hull().len(), (0.0, 1.0)); // Without a round, what decode steps weigh counts alone.
+        } else {
+            self.scored = Vec::new();
+        }
+    }
+
+    /// The reused rows that the next decode step computes again: the best `decode_rows` of those that nobody has.
+    pub fn repairs(&self) -> Vec<u32> {
+        let count = (self.rule.decode_rows as usize).min(self.open.len());
+        let start = self.hull().start;
+        best(self.open.clone(), |row| product(&self.scored, start, row), count)
+    }
+
+    /// Notes that a plan repairs `rows`.
+    pub fn repair(&mut self, rows: &[u32]) {
+        self.open.retain(|row| rows.binary_search(row).is_err());
+        self.repaired.extend_from_slice(rows);
+    }
+
+    /// Reads the weights that the newest decode row gives; values stay.
+    pub fn rescore(&mut self, answer: &[i32]) {
+        for ((weight, _), pair) in self.scored.iter_mut().zip(answer.chunks_exact(2)) {
+            *weight = f64::from(f32::from_bits(pair[0] as u32));
+        }
     }
 
     /// Nothing is left to place, score or repair.
@@ -323,9 +357,19 @@ impl Blend {
         self.end_stage();
         self.stage = Stage::Idle;
         self.reused.clear();
+        self.open.clear();
+        if self.recipe.is_none() {
+            self.repaired.clear();
+        }
         self.scored = Vec::new();
         self.placed = false;
     }
+}
+
+/// Weight times value of `row`.
+fn product(scored: &[(f64, f32)], start: u32, row: u32) -> f64 {
+    let (weight, value) = scored[(row - start) as usize];
+    weight * f64::from(value)
 }
 
 /// The part of the ascending `rows` inside `range`.

@@ -233,6 +233,11 @@ impl Sequence {
         self.blend.as_ref().is_some_and(|blend| blend.is_active())
     }
 
+    /// Whether decode steps write into blocks of the prompt.
+    pub fn repairs(&self) -> bool {
+        self.blend.as_ref().is_some_and(|blend| blend.rule.decode_rows > 0)
+    }
+
     /// Tokens from position 0 that no blend touches.
     pub fn exact_len(&self) -> usize {
         let first = self.blend.as_ref().and_then(|blend| blend.rule.spans.first());

@@ -29,7 +29,7 @@ impl Core {
     ) -> bool {
         let makes = self.seq(slot).makes;
         let state = self.request(self.seq(slot).request);
-        let num_rows = if state.announced { 1 } else { state.num_choices as usize };
+        let num_rows = if state.announced || self.seq(slot).repairs() { 1 } else { state.num_choices as usize };
         let is_alone = self.running.is_empty();
         if self.refused == Some((slot, self.room_epoch)) && !is_alone {
             return false;
@@ -255,6 +255,10 @@ impl Core {
             self.stats.prompt_tokens_total += u64::from(prompt_len);
             self.stats.prefix_hit_tokens_total += u64::from(cached_len);
             for choice in 1..self.request(request).num_choices {
+                if self.seq(slot).repairs() {
+                    self.queue_choice(slot, choice);
+                    continue;
+                }
                 let row = self.reserve_fork(slot, choice);
                 plan.admitted(handle, choice, row, Cause::Forked, cached_len);
             }

@@ -315,9 +315,13 @@ impl Core {
         let Some(first) = entry.scored else { return self.end_round(entry.slot) };
         let blend = self.seqs[entry.slot as usize].blend.as_mut().expect("only blends are scored");
         blend.unread -= 1;
-        let len = blend.hull().len();
-        blend.add_scores(&scored[2 * first as usize..][..2 * len]);
-        self.end_round(entry.slot);
+        let answer = &scored[2 * first as usize..][..2 * blend.hull().len()];
+        if blend.stage == Stage::Done {
+            blend.rescore(answer);
+        } else {
+            blend.add_scores(answer);
+            self.end_round(entry.slot);
+        }
     }
 
     fn end_round(&mut self, slot: u32) {
@@ -334,7 +338,8 @@ impl Core {
         let Some(blend) = &seq.blend else { return Some(seq.label) };
         match blend.recipe {
             Some(number) if at >= self.recipes.get(number).first_block(self.config.block_size) => {
-                Some(Label::recipe(number))
+                // What decode steps repair belongs to no prompt.
+                (blend.rule.decode_rows == 0).then(|| Label::recipe(number))
             }
             None if blend.is_active() => None,
             _ => Some(seq.label),

@@ -56,8 +56,14 @@ impl Core {
         if pinned && !is_pinned {
             self.check_pin(self.segment_blocks(ids.len()))?;
         }
-        let rule =
-            Rule { spans: [(0, ids.len() as u32)].into(), method_id: 0, ratio: 0.0, rounds: [].into(), scores: None };
+        let rule = Rule {
+            spans: [(0, ids.len() as u32)].into(),
+            method_id: 0,
+            ratio: 0.0,
+            rounds: [].into(),
+            scores: None,
+            decode_rows: 0,
+        };
         let arrival = self.take_arrival();
         let rank = (self.policy.rank(arrival, 0), self.take_serial());
         let mut seq = Sequence::new(0, 0, Label::exact(owner), rank, ids, ids.len() as u32);

@@ -12,6 +12,7 @@ mod commit;
 mod end;
 mod makers;
 mod recipes;
+mod repairs;
 mod reuse;
 mod schedule;
 mod stats;

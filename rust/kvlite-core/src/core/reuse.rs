@@ -90,6 +90,7 @@ impl BlendRequest<'_> {
             ratio: self.ratio,
             rounds: self.rounds.into(),
             scores: self.scores.map(Into::into),
+            decode_rows: self.decode_rows,
         })
     }
 

@@ -24,6 +24,7 @@ impl Core {
             }
             match seq.schedulable() {
                 0 => {}
+                _ if seq.blend.as_ref().is_some_and(|blend| blend.unread > 0) => {} // Its next repairs depend on them.
                 1 => self.schedule_decode(slot, plan, record),
                 _ => prefill.push(slot),
             }
@@ -67,7 +68,10 @@ impl Core {
         } else if needs_block && !self.alloc_or_preempt(slot, record.number) {
             return;
         }
-        self.emit(slot, 1, plan, record, copied);
+        match &self.repairs(slot, plan)[..] {
+            [] => drop(self.emit(slot, 1, plan, record, copied)),
+            rows => self.emit_repairs(slot, rows, plan, record, copied),
+        }
     }
 
     /// As much of a prefill as the budget pays for; its blocks were allocated at admission. `copied`: this plan copies

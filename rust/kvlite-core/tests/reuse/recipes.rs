@@ -1,6 +1,6 @@
 //! Blended KV found again: by the next turn of a conversation, by itself after a preemption, by nobody else.
 
-use kvlite_core::{CoreConfig, FinishReason, Request, Round, Scope, SpanOutcome};
+use kvlite_core::{CoreConfig, FinishReason, Request, SpanOutcome};
 
 use crate::driver::{Driver, QUERY, blend, config, request, text};
 
@@ -98,8 +98,7 @@ fn choices_share_the_blended_prompt_and_each_ends() {
 
 #[test]
 fn preempted_after_its_rows_were_chosen_a_request_replays_them_and_before_it_starts_over() {
-    let rounds = [Round { scope: Scope::All, cost: 1.0, ratio: 0.25 }];
-    let mut seen = Vec::new();
+    let mut seen: Vec<usize> = Vec::new();
     for (wait, tokens) in (5..14).flat_map(|tokens| [(0, tokens), (1, tokens)]) {
         // The document is pinned in 2 blocks, the prompt takes 4, and the old one's third is not there.
         let mut driver = Driver::new(CoreConfig { num_blocks: 8, max_num_batched_tokens: tokens, ..config() });
@@ -107,16 +106,48 @@ fn preempted_after_its_rows_were_chosen_a_request_replays_them_and_before_it_sta
         driver.core.add(&Request { max_tokens: 20, ..request(&[5, 6, 7, 8, 9], None) }, 0).unwrap();
         (0..=wait).for_each(|_| drop(driver.turn()));
         let asked = prompt();
-        let asked = Request { max_tokens: 1, ..request(&asked, Some(blend(&SPANS, &rounds, 0.25))) };
+        let asked = Request { max_tokens: 1, ..request(&asked, Some(blend(&SPANS, &QUERY, 0.25))) };
         let blended = driver.core.add(&asked, 0).unwrap();
         let plans = driver.drain();
         if driver.core.stats().preemptions_total == 0 {
             continue; // It was through before the old one needed its block.
         }
         assert_eq!(driver.finished.last(), Some(&[blended, 0, 1]));
-        let last = plans.iter().rev().find(|plan| !plan.admitted.is_empty()).unwrap();
-        assert_eq!((last.admitted[0][3], last.places.len()), (1, 1), "it comes back and places again");
-        seen.push(last.scores.len());
+        let back = plans.iter().rposition(|plan| !plan.admitted.is_empty()).unwrap();
+        let (cause, places) = (plans[back].admitted[0][3], plans[back].places.len());
+        assert_eq!((cause, places), (1, 1), "it comes back and places again");
+        seen.push(plans[back..].iter().map(|plan| plan.scores.len()).sum());
     }
     assert!(seen.contains(&0) && seen.contains(&1), "replayed without scores and started over: {seen:?}");
+}
+
+#[test]
+fn decode_steps_repair_further_rows_by_what_the_newest_token_attends_to_and_publish_none_of_it() {
+    let mut driver = Driver::new(config());
+    driver.precompute(&text(2, 8), false);
+    let prompt = prompt();
+    let mut blend = blend(&SPANS, &QUERY, 0.25);
+    blend.decode_rows = 2;
+    let asked = Request { max_tokens: 6, n: 2, ..request(&prompt, Some(blend)) };
+    let handle = driver.core.add(&asked, 0).unwrap();
+    driver.turn();
+    assert_eq!(driver.turn().rows[&0], [0, 1, 2, 3, 10, 11, 12, 13, 14, 15]);
+    driver.score = |at| (-at as f32, 0.0); // From here on low positions weigh most; values stay.
+    let mut own = Vec::new();
+    for at in 16..20 {
+        let plan = driver.turn();
+        own.push(plan.rows[&0].clone());
+        assert_eq!(plan.scores.iter().any(|score| (&score.0[..], score.3) == (&[at], 1)), at < 19);
+    }
+    assert_eq!(own, [vec![8, 9, 16], vec![4, 5, 17], vec![6, 7, 18], vec![19]]);
+    let plans = driver.drain();
+    let last = plans.iter().flat_map(|plan| &plan.admitted).next_back();
+    assert!(last.is_none_or(|row| row[1] == 1));
+    let mut ends = driver.finished[1..].to_vec();
+    ends.sort_unstable();
+    assert_eq!(ends, [[handle, 0, 1], [handle, 1, 1]]);
+    let follow_up = [prompt.clone(), vec![90; 6], vec![1]].concat();
+    driver.core.add(&request(&follow_up, Some(blend)), 0).unwrap();
+    assert_eq!(driver.turn().admitted[0][4], 4, "only what lies before the document is found");
+    driver.drain();
 }
