@@ -200,6 +200,10 @@ def test_parts_are_one_prompt_and_lists_of_them_many(shipped: Engine) -> None:
     parts = ["Answer. ", Segment(TEXTS[0], id="x"), shipped.tokenizer.encode("Where?"), Segment([9, 10, 11])]
     single = shipped.generate(parts, GREEDY, reuse=Reuse.blend(0.5))
     assert [(segment.id, segment.hit) for segment in single.reuse.segments] == [("x", "made"), ("1", "made")]  # type: ignore[union-attr]
+    shipped.clear_cache()
+    made = shipped.precompute([Segment(TEXTS[0], id="x"), Segment([9, 10, 11])])
+    assert [(report.id, report.hit) for report in made] == [("x", False), (None, False)] and made[1].tokens == 3
+    assert hits(shipped.generate(parts, GREEDY, reuse=Reuse.blend(0.5))) == ["device"] * 2
     both = shipped.generate([parts, "plain text", [5, 6]], GREEDY, reuse=Reuse.blend(0.5))
     assert [len(output.reuse.segments) for output in both] == [2, 0, 0]  # type: ignore[union-attr]
     assert both[0].prompt_token_ids == single.prompt_token_ids

@@ -62,12 +62,16 @@ class AgreementMonitor:
     @property
     def agreement(self) -> float | None:
         """Share of the last samples with the same most likely first token."""
-        return sum(equal for equal, _ in self._recent) / len(self._recent) if self._recent else None
+        return self._mean(0)
 
     @property
     def kl_divergence(self) -> float | None:
         """Mean KL(exact || blended) of the last samples, nats."""
-        return sum(kl for _, kl in self._recent) / len(self._recent) if self._recent else None
+        return self._mean(1)
+
+    def _mean(self, column: int) -> float | None:
+        recent = tuple(self._recent)  # one step of the interpreter: another thread may be adding
+        return sum(sample[column] for sample in recent) / len(recent) if recent else None
 
     def decide(self, method: Hashable, ratio: float) -> Decision:
         """For the next request that asks for this. Every 1/sample_ratio-th of them is sampled."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 from kvlite.config import EngineConfig
-from kvlite.documents import DocumentState
+from kvlite.documents import DocumentState, StoredDocument
 from kvlite.errors import CapacityError, EngineError, InvalidRequestError
 from kvlite.library import Library, check_made
 from kvlite.loop import Loop
@@ -229,30 +229,39 @@ class Engine(Loop):
 
     def precompute(
         self,
-        documents: Sequence[Document | str],
+        documents: Sequence[Document | Segment | str],
         *,
         tenant: int = 0,
         pinned: bool = False,
         progress: bool | None = None,
     ) -> list[PrecomputeReport]:
-        """Computes the KV of documents ahead of requests that bring them; those with an id may be named by it then.
+        """Computes the KV of documents, or parts of prompts, ahead of requests that bring them.
 
-        Returns when all were made; what does not fit at once is evicted as ever. Raises InvalidRequestError, or
-        CapacityError when there is no room beside what is pinned.
+        Documents with an id may be named by it then. Returns when all were made; what does not fit at once is evicted
+        as ever. Raises InvalidRequestError, or CapacityError when there is no room beside what is pinned.
         """
-        given = [Document(each) if isinstance(each, str) else each for each in documents]
-        prepared = [self.library.prepare(document, tenant=tenant, pinned=pinned) for document in given]
-        hits = [self.library.state(tenant, stored.token_ids) is DocumentState.READY for stored, _ in prepared]
-        orders = [order for _, order in prepared]
+        stored: dict[int, StoredDocument] = {}
+        orders: list[ValidatedRequest] = []
+        for n, each in enumerate(documents):
+            if isinstance(each, Segment):
+                orders.append(self.library.prepare_segment(each, tenant=tenant, pinned=pinned))
+                continue
+            document = Document(each) if isinstance(each, str) else each
+            made, order = self.library.prepare(document, tenant=tenant, pinned=pinned)
+            orders.append(order)
+            if document.id is not None:
+                stored[n] = made
+        states = [self.library.state(tenant, order.prompt_ids) for order in orders]
         with Bar("computing", unit="documents", wanted=progress) as bar, closing(self._deltas_of_all(orders)) as deltas:
             for num_done, at, delta in deltas:
                 check_made(delta)
-                if given[at].id is not None:
-                    self.library.put(prepared[at][0])
-                bar.update(num_done, len(prepared))
+                if at in stored:
+                    self.library.put(stored[at])
+                bar.update(num_done, len(orders))
+        names = [None if isinstance(each, str) else each.id for each in documents]
         return [
-            PrecomputeReport(document.id, len(stored.token_ids), hit)
-            for document, (stored, _), hit in zip(given, prepared, hits, strict=True)
+            PrecomputeReport(id, len(order.prompt_ids), state is DocumentState.READY)
+            for id, order, state in zip(names, orders, states, strict=True)
         ]
 
     def pin(self, document: Document, *, pinned: bool = True, tenant: int = 0) -> bool:

@@ -19,7 +19,7 @@ from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState, Documen
 from kvlite.errors import CapacityError, EngineError, InvalidRequestError, UnknownDocumentError
 from kvlite.inflight import NO_ROOM
 from kvlite.request import RequestLimits, ValidatedRequest, validate_segment
-from kvlite.reuse_types import Document
+from kvlite.reuse_types import Document, Segment
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import Delta, FinishReason, RequestOptions
 
@@ -83,6 +83,13 @@ class Library:
             document.id or new_id(), document.text, document.title, tenant, _packed(ids), now, expires, pinned
         )
         return stored, self.order(stored)
+
+    def prepare_segment(self, segment: Segment, *, tenant: int = 0, pinned: bool = False) -> ValidatedRequest:
+        """The request that makes a part of a prompt ahead of it. Raises InvalidRequestError."""
+        content = segment.content
+        ids = self._tokenizer.encode(content, add_special_tokens=False) if isinstance(content, str) else list(content)
+        self._check_length(ids)
+        return validate_segment(self._limits, ids, RequestOptions(tenant=tenant), pinned=pinned)
 
     def order(self, stored: StoredDocument) -> ValidatedRequest:
         """The request that makes its segment."""

@@ -75,7 +75,7 @@ class ValidatedRequest:
     """None: segments are computed as any other text."""
     segment: SegmentOrder | None = None
     fallback: str | None = None
-    """Why the quality floor has `blending` differ from what `options` ask."""
+    """Why `blending` differs from what `options` ask."""
 
     @property
     def max_tokens(self) -> int:
@@ -106,7 +106,7 @@ def validate(
         prompt, spans, text = prompt.ids, prompt.spans, prompt.text
     ids = _check_prompt(limits, prompt)
     _check_spans(limits, spans, len(ids))
-    reuse, blending = _resolve_reuse(limits, options.reuse, params, spans)
+    reuse, blending, fallback = _resolve_reuse(limits, options.reuse, params, spans)
     max_tokens = _max_tokens(limits, len(ids), params)
     if params.min_tokens > max_tokens:
         raise InvalidRequestError("min_tokens", f"{params.min_tokens} is above max_tokens={max_tokens}")
@@ -126,6 +126,7 @@ def validate(
         text=text,
         spans=spans,
         blending=blending,
+        fallback=fallback,
     )
 
 
@@ -156,18 +157,21 @@ def resolve_method(limits: RequestLimits, reuse: Reuse) -> Blending:
 
 def _resolve_reuse(
     limits: RequestLimits, asked: Reuse | None, params: SamplingParams, spans: tuple[SegmentSpan, ...]
-) -> tuple[Reuse, Blending | None]:
+) -> tuple[Reuse, Blending | None, str | None]:
+    """What is done: reuse with its defaults filled in, how segments are blended, why it is not done as set."""
     reuse = Reuse(ReuseMode(limits.config.reuse.value)) if asked is None else asked
     if not reuse.is_blended:
         if reuse.method is not None or reuse.ratio is not None or reuse.options:
             raise InvalidRequestError("reuse_options", f"need reuse=blend or verify, not {reuse.mode}")
-        return reuse, None
+        return reuse, None, None
     blending = resolve_method(limits, reuse)
     wants_logprobs = params.prompt_logprobs is not None and reuse.mode is ReuseMode.BLEND
     if wants_logprobs and asked is not None and spans:
         raise InvalidRequestError("prompt_logprobs", "not available with reuse=blend: the prompt is not computed whole")
     reuse = replace(reuse, ratio=blending.ratio, method=blending.method.name)
-    return reuse, blending if spans and not wants_logprobs else None
+    if spans and wants_logprobs:
+        return reuse, None, "prompt_logprobs need the whole prompt: computed exactly"
+    return reuse, blending if spans else None, None
 
 
 def _check_spans(limits: RequestLimits, spans: tuple[SegmentSpan, ...], prompt_len: int) -> None:

@@ -219,7 +219,7 @@ def _canonical_prefix(config: EngineConfig, tokenizer: Tokenizer, limits: Reques
         ids = tokenizer.canonical_prefix(config.canonical_prefix)
     except InvalidRequestError as error:
         raise ConfigError("canonical_prefix", error.message) from None
-    room = min(limits.max_model_len, limits.pool_tokens) - 2
+    room = max(min(limits.max_model_len, limits.pool_tokens) - 2, 0)
     if len(ids) <= room:
         return ids
     if config.canonical_prefix is not None:
