@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
             str(directory), device="cpu", dtype=found["dtype"], num_threads=options.threads, max_num_seqs=16,
             kv_cache_bytes=KV_TOKENS * kv_bytes_per_token(config, dtype),
         ) as engine,
-        Bar("contexts", unit="") as bar,
+        Bar("asking", unit="questions") as bar,
     ):  # fmt: skip
         asker, source = Asker(engine, meter, config.num_layers), contexts(options.seed, per_kind=2)
         verified = [figures.NONE] + [rule for rule in asked_rules if rule.method in VERIFIED and not rule.bottom_right]
@@ -86,6 +87,8 @@ def main(arguments: list[str]) -> int:
             num_contexts += 1
             num_questions += sum(question.kind in CROSS_KINDS for question in context.questions)
             bar.update(min(num_questions, options.questions), options.questions)
+            if not sys.stderr.isatty():
+                print(f"{num_questions} of {options.questions} questions", flush=True)
     figures.gate(asker.asked)
     rows = {rule: figures.row(rule, asker.asked) for rule in asked_rules}
     print(figures.table(rows))

@@ -95,6 +95,8 @@ class Asker:
     def context(self, group: int, context: Context, rules: Sequence[Rule], controls: Sequence[Rule]) -> None:
         """Every question under every rule of `rules`; questions that need no other document under `controls` alone."""
         documents = [Document(text) for text in context.documents]
+        # Segments that thousands of questions hit would keep those of this context out of the store.
+        self._engine.clear_cache()
         for tenant in {rule.tenant for rule in rules} - {EXACT}:
             self._engine.precompute(documents, tenant=tenant)
         later: list[tuple[Rule, Question]] = []
