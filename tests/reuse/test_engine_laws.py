@@ -22,6 +22,12 @@ PARAMS = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2
 DOCS = [ids(37, 1), ids(16, 2), ids(21, 3)]
 HEAD, GAP, QUESTION = ids(6, 4), ids(3, 5), ids(9, 6)
 PARTLY = Reuse.blend(0.2, "query")
+REPAIRING = Reuse.blend(0.1, "attention-deviation", decode_rows=3)
+EVERY = {name: Reuse.blend(0.2, name) for name in METHODS} | {
+    "gradual": Reuse.blend(0.2, "deviation", gradual=2),
+    "max over layers": Reuse.blend(0.2, "deviation", check_layer=2, max_over_layers=True),
+    "decode stage": REPAIRING,
+}
 FULLY = Reuse.blend(1.0, "query")
 EXACT = Reuse.OFF
 
@@ -151,17 +157,17 @@ def test_another_tenant_gets_no_hit_and_the_same_one_does() -> None:
     assert [report.prefix_tokens for report in reports[:3]] == [0, 0, 0] and reports[3].prefix_tokens > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("tokens", [24, 100])
 def test_small_steps_choose_the_rows_that_one_large_step_does(tokens: int, method: str) -> None:
-    reuse = Reuse.blend(0.2, method)
+    reuse = EVERY[method]
     small = {"max_num_batched_tokens": tokens, "max_num_seqs": 8}
     assert fresh(PROMPT, reuse, **small) == fresh(PROMPT, reuse, max_num_batched_tokens=512)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_neighbours_change_nothing_on_either_side(method: str) -> None:
-    reuse = Reuse.blend(0.2, method)
+    reuse = EVERY[method]
     long = replace(PARAMS, max_tokens=12)
     prompts = [PROMPT, [ids(60, 50)], LAYOUTS["the same one twice"], [ids(9, 51)], LAYOUTS["one token"]]
     options = [RequestOptions(reuse=reuse if n % 2 == 0 else Reuse.PREFIX) for n in range(len(prompts))]
@@ -211,6 +217,26 @@ def test_a_preempted_blend_with_all_rows_recomputed_is_exact(method: str) -> Non
     with engine(deterministic=True, kv_cache_bytes=pool_of(27), reserve_tokens=1) as made:
         assert run_together(made, prompts, long, options) == alone
         assert made.stats().num_preemptions > 0
+
+
+def test_decode_steps_of_the_decode_stage_compute_further_reused_rows() -> None:
+    long = replace(PARAMS, max_tokens=8)
+    with engine(deterministic=True) as made:
+        seen = _watch(made)
+        output = ask(made, PROMPT, REPAIRING, long)
+        steps = [starts[-1] for starts, _, _, samples in seen if samples][1:]
+        assert steps == [4] * 7 and len(output.token_ids) == 8
+        exact = ask(made, [flat(PROMPT)], Reuse.PREFIX, long)
+        assert exact.usage.cached_tokens <= len(HEAD)
+        again = ask(made, PROMPT, REPAIRING, long)
+    assert essence(exact) == fresh([flat(PROMPT)], EXACT, long)
+    assert essence(again) == essence(output) != fresh(PROMPT, Reuse.blend(0.1, "attention-deviation"), long)
+
+
+def test_choices_of_the_decode_stage_repair_copies_of_their_own() -> None:
+    params = replace(PARAMS, n=2, temperature=1.0, seed=7, max_tokens=8)
+    both, first = fresh(PROMPT, REPAIRING, params), fresh(PROMPT, REPAIRING, replace(params, n=1))
+    assert both[1][0] == first[1][0] and both[1][1] != both[1][0]
 
 
 def test_a_store_without_room_makes_holes_and_the_answer_is_exact() -> None:

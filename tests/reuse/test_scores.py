@@ -16,7 +16,7 @@ from tests.reuse.test_laws import DOCS, Layout
 from tests.reuse.twin import Seen, Text, Twin
 
 NUM_LAYERS = 3
-FAMILIES = ["qwen3-window"] if INTERPRETED else ["llama3", "qwen3-window"]
+FAMILIES = ["qwen2-window"] if INTERPRETED else ["llama3", "qwen3-window"]
 
 
 @pytest.fixture(params=FAMILIES)
