@@ -147,7 +147,7 @@ impl Driver {
     /// Turns until nothing is left; returns every plan that had rows.
     pub fn drain(&mut self) -> Vec<Plan> {
         let mut plans = Vec::new();
-        for _ in 0..200 {
+        for _ in 0..1000 {
             plans.push(self.turn());
             let stats = self.core.stats();
             if stats.num_requests == 0 && stats.num_waiting + stats.num_running == 0 {
@@ -156,7 +156,7 @@ impl Driver {
                 return plans;
             }
         }
-        panic!("something hangs: {:?}", self.core.stats());
+        panic!("something hangs: {:?} {:?}", self.core.stats(), &plans[plans.len() - 3..]);
     }
 
     /// Makes a segment and lets it end.

@@ -2,5 +2,6 @@
 
 mod driver;
 mod makers;
+mod mixes;
 mod phases;
 mod recipes;
