@@ -34,6 +34,12 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
+    /// Whether the same choice gives the same KV under `other`; scores only lead to the choice.
+    pub fn makes_the_same(&self, other: &Rule) -> bool {
+        let plain = |rule: &Rule| (rule.method_id, rule.ratio.to_bits(), rule.decode_rows);
+        plain(self) == plain(other) && self.spans == other.spans
+    }
+
     /// Positions of span `index`.
     pub fn span(&self, index: usize) -> Range<usize> {
         let (start, len) = self.spans[index];

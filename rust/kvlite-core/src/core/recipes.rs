@@ -41,10 +41,7 @@ impl Recipe {
     }
 
     fn has(&self, tenant: TenantId, rule: &Rule) -> bool {
-        let ours = &*self.rule;
-        self.tenant == tenant
-            && (ours.method_id, ours.ratio.to_bits(), &ours.spans)
-                == (rule.method_id, rule.ratio.to_bits(), &rule.spans)
+        self.tenant == tenant && self.rule.makes_the_same(rule)
     }
 }
 
