@@ -2,7 +2,7 @@
 //! contract with `runner/plan.py`; both sides move together.
 
 use kvlite_core::plan::{Header, PlanView, Region};
-use kvlite_core::{Core, CoreConfig, Layout, PolicyKind, Request};
+use kvlite_core::{BlendRequest, Core, CoreConfig, Layout, PolicyKind, Request, Round, Scope};
 
 fn config() -> CoreConfig {
     CoreConfig {
@@ -180,4 +180,45 @@ fn a_pipelined_plan_names_the_unknown_token_as_the_devices_own() {
     let after = device.step(2);
     assert_eq!(device.view(after).rows::<3>(Region::Committed).collect::<Vec<_>>(), [[0, 0, 40]]);
     assert_eq!(device.view(after).flat(Region::TokenIds, 1), [-1]);
+}
+
+#[test]
+fn a_segment_is_made_placed_and_scored_exactly_so() {
+    let mut device = Device::new();
+    let document = [11, 12, 13, 14, 15];
+    device.core.add_segment(&document, 0, false, None, 0).unwrap();
+    let idx = device.step(0);
+    let view = device.view(idx);
+    assert_eq!(view.flat(Region::TokenIds, 5), document, "the canonical prefix is empty here");
+    let slots = view.flat(Region::SegmentSlot, 5).to_vec();
+    let (a, b) = (slots[0] / 4, slots[4] / 4);
+    assert_eq!(slots, [a * 4, a * 4 + 1, a * 4 + 2, a * 4 + 3, b * 4]);
+    assert_eq!([view.header(Header::NumSamples), view.header(Header::NumAdmitted)], [0, 0]);
+    device.complete(idx, &[]);
+
+    let rounds = [Round { scope: Scope::New, cost: 1.0, ratio: 0.2 }];
+    let blend =
+        BlendRequest { spans: &[(1, 5)], method_id: 9, ratio: 0.2, rounds: &rounds, scores: None, decode_rows: 0 };
+    device.core.add(&Request { blend: Some(blend), ..request(&[1, 11, 12, 13, 14, 15, 2, 3], 1) }, 1).unwrap();
+    let idx = device.step(1);
+    let view = device.view(idx);
+    assert_eq!(view.flat(Region::Header, 10)[1..], [3, 1, 0, 2, 0, 1, 2, 1, 0]);
+    assert_eq!(view.flat(Region::Positions, 3), [0, 6, 7]);
+    assert_eq!(view.rows::<6>(Region::Place).collect::<Vec<_>>(), [[0, 1, 5, 0, 0, 2]]);
+    assert_eq!(view.rows::<1>(Region::SourceBlocks).collect::<Vec<_>>(), [[a], [b]]);
+    assert_eq!(view.rows::<7>(Region::Score).collect::<Vec<_>>(), [[0, 1, 2, 1, 6, 9, 0]]);
+    let scored = device.core.layout().region(Region::Scored).offset;
+    for (at, weight) in [0.0f32, 0.5, 0.25, 0.0, 0.0].into_iter().enumerate() {
+        device.arenas[idx][scored + 2 * at] = weight.to_bits() as i32;
+        device.arenas[idx][scored + 2 * at + 1] = 1.0f32.to_bits() as i32;
+    }
+    device.complete(idx, &[]);
+
+    let idx = device.step(2);
+    let view = device.view(idx);
+    assert_eq!(view.flat(Region::TokenIds, 4), [1, 12, 2, 3], "new rows and the best one of five");
+    assert_eq!(view.flat(Region::Positions, 4), [0, 2, 6, 7]);
+    assert_eq!(view.flat(Region::ContextLen, 1), [8]);
+    assert_eq!(view.rows::<3>(Region::Sample).collect::<Vec<_>>(), [[3, 0, 0]]);
+    device.complete(idx, &[50]);
 }
