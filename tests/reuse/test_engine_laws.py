@@ -226,9 +226,9 @@ def test_decode_steps_of_the_decode_stage_compute_further_reused_rows() -> None:
         output = ask(made, PROMPT, REPAIRING, long)
         steps = [starts[-1] for starts, _, _, samples in seen if samples][1:]
         assert steps == [4] * 7 and len(output.token_ids) == 8
+        again = ask(made, PROMPT, REPAIRING, long)
         exact = ask(made, [flat(PROMPT)], Reuse.PREFIX, long)
         assert exact.usage.cached_tokens <= len(HEAD)
-        again = ask(made, PROMPT, REPAIRING, long)
     assert essence(exact) == fresh([flat(PROMPT)], EXACT, long)
     assert essence(again) == essence(output) != fresh(PROMPT, Reuse.blend(0.1, "attention-deviation"), long)
 

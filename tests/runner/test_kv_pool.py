@@ -66,3 +66,21 @@ def test_the_budget_is_what_was_asked_or_a_modest_capped_share() -> None:
     automatic = cache_budget_bytes(None, CPU)
     assert 0 < automatic <= CPU_CACHE_BYTES_LIMIT
     assert automatic <= available_memory_bytes()
+
+
+def test_a_plan_places_rows_of_segments_with_their_links() -> None:
+    made = pool()
+    made.apply(plan(updates=[(0, 0, 3), (0, 1, 1), (1, 0, 2)]))
+    made.links[4:] = torch.arange(2 * 4 * 3, dtype=torch.float32).view(2, 4, 3) + 1
+    calls: list[list[list[int]]] = []
+    placing = SimpleNamespace(
+        place=np.array([[0, 2, 4, 1, 0, 2], [1, 0, 1, 5, 2, 2]], np.int32),
+        source_blocks=np.array([4, 5, 4, 5], np.int32),
+    )
+    made.place(cast("Plan", placing), lambda _, *slots: calls.append([part.tolist() for part in slots]))
+    # Rows 1 to 4 of the segment in blocks 4 and 5 go to positions 2 to 5 of row 0, its row 5 to position 0 of row 1.
+    assert calls == [[[17, 18, 19, 20, 21], [14, 15, 4, 5, 8], [2, 3, 4, 5, 0]]]
+    links = made.links.flatten(0, 1)
+    assert torch.equal(links[[14, 15, 4, 5, 8]], links[[17, 18, 19, 20, 21]])
+    made.apply(plan(updates=[(1, 0, 3)]))
+    assert not made.links[3].any() and bool(made.links[1].any())

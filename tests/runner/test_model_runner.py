@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,3 +60,20 @@ def test_a_fault_marks_the_plan_and_leaves_its_samples_refused(monkeypatch: pyte
         assert isinstance(result.fault, IndexError) and not result.logprobs
         status, done = (int(arena.tensors[name][0]) for name in ("status", "done_plan_id"))
         assert (status, done) == (Status.FAILED, plan.plan_id) and plan.sampled.tolist() == [-1]
+
+
+def test_a_captured_row_hands_out_its_next_raw_logits_once() -> None:
+    with engine(deterministic=True) as made:
+        made.add(ids(5), replace(GREEDY, logit_bias={9: -50.0}))
+        made.make_plan()
+        plan = made._plan
+        assert plan is not None
+        seq_row = int(plan.sample[0, 1])
+        made._runner.captured |= {seq_row, seq_row + 1}
+        arena = made._arenas[made._arena_idx]
+        first, second = made._runner.run(arena, plan), made._runner.run(arena, plan)
+        assert list(first.logits) == [seq_row] and not second.logits
+        assert made._runner.captured == {seq_row + 1}
+        logits = first.logits[seq_row]
+        assert logits.shape == (made._runner.decoder.config.vocab_size,) and logits.dtype == torch.float32
+        assert int(logits.argmax()) == int(plan.sampled[0])

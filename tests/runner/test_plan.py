@@ -12,7 +12,8 @@ from kvlite import _core
 from kvlite.runner.plan import Arena, Header, Layout, Status
 
 LIMITS: dict[str, Any] = {
-    "max_num_seqs": 3, "max_num_batched_tokens": 10, "max_model_len": 33, "block_size": 4, "max_num_waiting": 5, "max_segments": 4,
+    "max_num_seqs": 3, "max_num_batched_tokens": 10, "max_model_len": 33, "block_size": 4, "max_num_waiting": 5,
+    "max_segments": 4,
 }  # fmt: skip
 CORE: dict[str, Any] = LIMITS | {
     "num_blocks": 40, "vocab_size": 100, "enable_prefix_caching": True, "policy": "fcfs",
