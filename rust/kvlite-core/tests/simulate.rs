@@ -53,7 +53,7 @@ impl Simulation {
         if rng.chance(15) {
             return self.texts.precompute(rng, config, self.engine.now_ms);
         }
-        if rng.chance(35)
+        if rng.chance(50)
             && let Some((&handle, told)) = self.engine.told.iter().rev().find(|(handle, told)| {
                 self.engine.asked[handle].blend.is_some() && told.finished[0] == Some(FinishReason::Length)
             })

@@ -3,6 +3,8 @@
 //! Works on `Naive` alone. The device says which rows were placed and where the hit ended; everything else follows from the
 //! request, and from the recipes that earlier requests of its tenant have left.
 
+use std::collections::BTreeSet;
+
 use kvlite_core::{MAX_SCORING_ROWS, Scope};
 
 use super::hashes::{Kv, LAYERS, Naive, UNWRITTEN, canonical, depth_of, rotate, value, weight};
@@ -24,6 +26,22 @@ pub struct Recipe {
     /// Rounds over all rows leave their mark in the layers that they run through: which reused rows ran, and how deep.
     pub passes: Vec<(Vec<usize>, usize)>,
     pub chosen: Vec<usize>,
+}
+
+impl Recipe {
+    /// The same with further rows computed again.
+    fn with(&self, repaired: &BTreeSet<usize>) -> Recipe {
+        let mut recipe = self.clone();
+        let left = self.left();
+        recipe.chosen.extend(repaired.intersection(&left));
+        recipe.chosen.sort_unstable();
+        recipe
+    }
+
+    /// Reused rows that are not computed again.
+    pub fn left(&self) -> BTreeSet<usize> {
+        reused_rows(&self.ranges).into_iter().filter(|row| self.chosen.binary_search(row).is_err()).collect()
+    }
 }
 
 fn placed(canonical_prefix: &[i32], tokens: &[i32], ranges: &[Range]) -> Naive {
@@ -125,6 +143,8 @@ pub struct Stay {
     pub hit: usize,
     /// (start, end), ascending.
     pub placed: Vec<(usize, usize)>,
+    /// Rows that decode steps of earlier stays computed again: they are computed again with the chosen ones.
+    pub repaired: BTreeSet<usize>,
 }
 
 /// A blend that was done: others of its tenant may take its KV over.
@@ -165,12 +185,12 @@ impl Oracle {
         hidden: u64,
     ) -> Option<(Naive, Recipe, bool)> {
         let blend = asked.blend.as_ref().expect("a blended request");
-        let ends_so = |naive: &Naive| naive.hidden.last() == Some(&hidden);
         let own = choose(&self.canonical_prefix, tokens, ranges(blend, &stay.placed), blend);
-        let naive = blended(&self.canonical_prefix, tokens, &own);
-        if ends_so(&naive) {
+        let with_repairs = own.with(&stay.repaired);
+        let naive = blended(&self.canonical_prefix, tokens, &with_repairs);
+        if naive.hidden.last() == Some(&hidden) {
             self.remember(asked, blend, &own);
-            return Some((naive, own, false));
+            return Some((naive, with_repairs, false));
         }
         if let Some(found) = self.find(asked, stay, tokens, hidden) {
             return Some(found);
@@ -193,8 +213,9 @@ impl Oracle {
         let behind = |range: &Range| (range.start.max(stay.hit), range.end);
         self.known.iter().rev().filter(is_open).find_map(|known| {
             let left: Vec<_> = known.recipe.ranges.iter().map(behind).filter(|(start, end)| start < end).collect();
-            let naive = (left == stay.placed).then(|| blended(&self.canonical_prefix, tokens, &known.recipe))?;
-            (naive.hidden.last() == Some(&hidden)).then(|| (naive, known.recipe.clone(), true))
+            let recipe = (left == stay.placed).then(|| known.recipe.with(&stay.repaired))?;
+            let naive = blended(&self.canonical_prefix, tokens, &recipe);
+            (naive.hidden.last() == Some(&hidden)).then_some((naive, recipe, true))
         })
     }
 

@@ -31,6 +31,8 @@ pub struct Results {
     pub scored: Vec<[f32; 2]>,
     /// Handle, choice, first position and the one behind the last of what was placed.
     pub placed: Vec<(i32, u32, usize, usize)>,
+    /// Handle, choice and prompt rows that a decode step computed again.
+    pub repaired: Vec<(i32, u32, Vec<usize>)>,
 }
 
 /// Rows of one sequence in one plan, and how they run.
@@ -38,7 +40,8 @@ struct Scoring {
     first: usize,
     count: usize,
     keys: std::ops::Range<usize>,
-    scope: Scope,
+    /// None: a decode step asks anew.
+    scope: Option<Scope>,
     depth: usize,
     scores: Vec<[f32; 2]>,
 }
@@ -141,12 +144,18 @@ impl Device {
 
         let mut hidden = vec![0; num_tokens];
         let mut scorings = self.scorings(plan, asked);
+        let mut repaired = Vec::new();
         for seq in 0..num_seqs {
             let rows = starts[seq] as usize..starts[seq + 1] as usize;
             assert!(!rows.is_empty(), "a sequence in a plan has rows");
             assert!(positions[rows.clone()].is_sorted_by(|a, b| a < b), "rows of a sequence come in position order");
             assert!(plan.flat(Region::ContextLen, num_seqs)[seq] > positions[rows.end - 1]);
             let seq_row = plan.flat(Region::SeqRow, num_seqs)[seq] as usize;
+            if scorings.get(&seq).is_some_and(|scoring| scoring.scope.is_none()) {
+                let (handle, choice) = self.rows[seq_row];
+                let again = positions[rows.start..rows.end - 1].iter().map(|&position| position as usize).collect();
+                repaired.push((handle, choice, again));
+            }
             for row in rows {
                 hidden[row] = self.compute_row(plan, seq_row, row, scorings.get_mut(&seq), asked);
             }
@@ -166,7 +175,7 @@ impl Device {
         let drawn = plan.rows::<3>(Region::Sample).map(draw).collect();
         let entries = plan.rows::<7>(Region::Score).map(|entry| entry[0] as usize);
         let scored = entries.flat_map(|seq| scorings.remove(&seq).expect("one entry per sequence").scores).collect();
-        Results { drawn, scored, placed }
+        Results { drawn, scored, placed, repaired }
     }
 
     /// Copies rows of segments to where the sequences want them, turned to their new positions.
@@ -208,10 +217,12 @@ impl Device {
             let (handle, _) = self.rows[plan.flat(Region::SeqRow, num_seqs)[seq as usize] as usize];
             let blend = asked[&handle].blend.as_ref().expect("only blended requests score");
             assert_eq!(method_id as u32, blend.method_id);
-            let scope = blend.rounds[round as usize].scope;
+            let scope = blend.rounds.get(round as usize).map(|round| round.scope);
+            assert!(scope.is_some() || (blend.decode_rows > 0 && round as usize == blend.rounds.len() && count == 1));
             let keys = key_start as usize..key_end as usize;
             let scores = vec![[0.0; 2]; keys.len()];
-            let (first, count, depth) = (first as usize, count as usize, depth_of(scope, round as usize));
+            let (first, count, depth) =
+                (first as usize, count as usize, scope.map_or(LAYERS, |scope| depth_of(scope, round as usize)));
             let scoring = Scoring { first, count, keys, scope, depth, scores };
             assert!(scorings.insert(seq as usize, scoring).is_none(), "one score entry per sequence and plan");
         }
@@ -262,9 +273,9 @@ impl Device {
     #[expect(clippy::too_many_arguments, reason = "one row, before and after")]
     fn score(&self, scoring: &mut Scoring, at: usize, done: Row, position: usize, seen: &[usize], old: Kv, stored: Kv) {
         let (keys, depth) = (scoring.keys.clone(), scoring.depth);
-        if scoring.scope == Scope::New {
+        if scoring.scope == Some(Scope::New) {
             scoring.scores.iter_mut().for_each(|score| score[1] = 1.0);
-        } else if keys.contains(&position) {
+        } else if scoring.scope.is_some() && keys.contains(&position) {
             let own = &mut scoring.scores[position - keys.start][1];
             *own = own.max(value(stored[depth], old[depth]));
         }

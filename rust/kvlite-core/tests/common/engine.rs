@@ -226,6 +226,9 @@ impl Engine {
                 let (asked, told) = (&self.asked[&handle], &self.told[&handle]);
                 self.reuse.oracle.begin(asked, told.text(asked, choice as usize), &told.blends[choice as usize].stay);
             }
+            for (handle, choice, rows) in &results.repaired {
+                self.check_repair(*handle, *choice as usize, rows);
+            }
             let scored = results.scored.as_flattened().iter().map(|number| number.to_bits() as i32);
             let region = layout.region(Region::Scored).offset;
             self.arenas[idx][region..].iter_mut().zip(scored).for_each(|(to, bits)| *to = bits);

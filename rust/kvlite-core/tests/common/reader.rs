@@ -6,8 +6,9 @@ use kvlite_core::sched::policy::{Fcfs, Policy};
 
 use super::device::Drawn;
 use super::engine::Engine;
+use super::hashes::LAYERS;
 use super::mix;
-use super::reuse::{BlendTold, Progress};
+use super::reuse::Progress;
 
 impl Engine {
     pub(super) fn read(&mut self, idx: usize) {
@@ -61,7 +62,9 @@ impl Engine {
             Progress::Forked => told.texts[of_choice] = told.texts[0].cut(asked.prompt.len()),
             Progress::Open => {
                 let (stay, tokens) = (&told.blends[of_choice].stay, &told.texts[of_choice].tokens);
-                told.texts[of_choice] = self.reuse.explain(sample, asked, stay, tokens).0;
+                let (text, recipe) = self.reuse.explain(sample, asked, stay, tokens);
+                told.texts[of_choice] = text;
+                told.blends[of_choice].left = recipe.left();
             }
         }
         told.blends[of_choice].progress = Progress::Explained;
@@ -72,6 +75,25 @@ impl Engine {
             assert_eq!(position + 1, text.tokens.len(), "{handle}/{choice} draws its next token");
             text.tokens.push(token);
         }
+    }
+
+    /// A decode step computes some reused rows again that no step before it has; its own row comes after them.
+    pub(super) fn check_repair(&mut self, handle: i32, choice: usize, rows: &[usize]) {
+        let told = self.told.get_mut(&handle).expect("rows belong to requests");
+        let asked = &self.asked[&handle];
+        if told.faulted {
+            return;
+        }
+        let max = asked.blend.as_ref().map_or(0, |blend| blend.decode_rows as usize);
+        assert!(rows.len() <= max, "{handle}/{choice} repairs {rows:?}, at most {max} at a time");
+        let text = &mut told.texts[choice];
+        text.settle(text.tokens.len() - 1);
+        for &row in rows {
+            assert!(told.blends[choice].left.remove(&row), "{handle}/{choice} repairs row {row}, which needs none");
+            told.blends[choice].stay.repaired.insert(row);
+            text.compute(row, LAYERS);
+        }
+        self.reuse.seen.repaired_rows += rows.len() as u64;
     }
 
     fn end(&mut self, handle: i32, choice: usize, reason: FinishReason) {
@@ -119,7 +141,7 @@ impl Engine {
         assert!((cached_len as usize) <= asked.prompt.len());
         assert!((asked.use_cache && !asked.prompt_logprobs) || cached_len == 0, "{handle} wants no hit");
         let told = self.told.get_mut(&handle).expect("admissions belong to requests");
-        told.blends[choice] = BlendTold::new(cached_len as usize, cause == Cause::Forked as i32);
+        told.blends[choice] = told.blends[choice].next(cached_len as usize, cause == Cause::Forked as i32);
         if asked.blend.is_some() {
             let report = self.core.reuse_report(handle).expect("a live blended request has its report");
             self.reuse.admit(handle, asked, cached_len as usize, report, cause);

@@ -25,6 +25,7 @@ pub struct Seen {
     pub recipe_hits: u64,
     pub replays: u64,
     pub resumed_blends: u64,
+    pub repaired_rows: u64,
     pub precomputed: u64,
     pub precompute_errors: u64,
 }
@@ -42,6 +43,7 @@ impl Seen {
         self.recipe_hits += recipe_hits;
         self.replays += replays;
         self.resumed_blends += resumed_blends;
+        self.repaired_rows += other.repaired_rows;
         self.precomputed += precomputed;
         self.precompute_errors += precompute_errors;
     }
@@ -54,7 +56,11 @@ impl Seen {
         let Seen { recipe_hits, replays, resumed_blends, precomputed, .. } = *self;
         let rows_suffice = blends > 10_000 && placed_rows > 20_000 && chosen_rows > 10_000;
         let spans_suffice = hits.min(made).min(holes).min(precomputed) > 1_000 && recipe_hits > 200;
-        assert!(rows_suffice && spans_suffice && replays.min(resumed_blends) > 100, "too little happened: {self:?}");
+        let repairs_suffice = self.repaired_rows > 500;
+        assert!(
+            rows_suffice && spans_suffice && repairs_suffice && replays.min(resumed_blends) > 100,
+            "too little happened: {self:?}"
+        );
     }
 }
 
@@ -75,12 +81,16 @@ pub enum Progress {
 pub struct BlendTold {
     pub stay: Stay,
     pub progress: Progress,
+    /// Reused rows of this stay that have not been computed again.
+    pub left: BTreeSet<usize>,
 }
 
 impl BlendTold {
-    pub fn new(hit: usize, is_forked: bool) -> BlendTold {
+    /// The next stay.
+    pub fn next(&self, hit: usize, is_forked: bool) -> BlendTold {
         let progress = if is_forked { Progress::Forked } else { Progress::Open };
-        BlendTold { stay: Stay { hit, placed: Vec::new() }, progress }
+        let stay = Stay { hit, placed: Vec::new(), repaired: self.stay.repaired.clone() };
+        BlendTold { stay, progress, left: BTreeSet::new() }
     }
 }
 
@@ -179,8 +189,16 @@ impl Reuse {
                     self.seen.recipe_hits += 1;
                 }
                 SpanOutcome::Hit => {
-                    let may_hit = self.may_hit(handle, asked.tenant, &asked.prompt[span]);
-                    assert!(may_hit, "{handle}: a hit on a text that nobody of tenant {} asked for", asked.tenant);
+                    // Or the same text stands elsewhere in this prompt, and was made for that span.
+                    let is_twin = |&&(at, len): &&(u32, u32)| {
+                        at != start && asked.prompt[at as usize..(at + len) as usize] == asked.prompt[span.clone()]
+                    };
+                    let has_twin = blend.spans.iter().any(|span| is_twin(&span));
+                    let may_hit = has_twin || self.may_hit(handle, asked.tenant, &asked.prompt[span]);
+                    assert!(
+                        may_hit,
+                        "{handle}: a hit on a text that nobody else of its tenant asked for: {asked:?} {report:?}"
+                    );
                     self.seen.hits += 1;
                 }
                 SpanOutcome::Made => self.seen.made += 1,

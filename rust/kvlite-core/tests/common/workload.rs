@@ -150,7 +150,8 @@ impl Texts {
         let ratio = [0.0, 1.0, 0.15, 0.3, 0.5, 1.0 / 3.0, 0.999][rng.range(0, 6) as usize];
         let (rounds, scores) = rule(method_id, ratio, prompt.len());
         let asked = self.asked(rng, config, now_ms, prompt);
-        let blend = Blend { spans, method_id, ratio, rounds, scores, decode_rows: 0 };
+        let decode_rows = if rng.chance(15) { rng.range(1, 3) as u32 } else { 0 };
+        let blend = Blend { spans, method_id, ratio, rounds, scores, decode_rows };
         Asked { prompt_logprobs: asked.prompt_logprobs && rng.chance(10), blend: Some(blend), ..asked }
     }
 
