@@ -72,8 +72,8 @@ impl State {
 /// Err: the message of a panic.
 type Outcome<T> = Result<Result<T, CoreError>, String>;
 
-fn raise<T>(outcome: Outcome<T>) -> PyResult<T> {
-    outcome.map_err(Fault::new_err)?.map_err(|error| from_core(&error))
+fn raise<T>(outcome: Outcome<T>, ids: &'static str) -> PyResult<T> {
+    outcome.map_err(Fault::new_err)?.map_err(|error| from_core(&error, ids))
 }
 
 impl Core {
@@ -83,7 +83,7 @@ impl Core {
 
     /// For calls of microseconds: they keep the GIL, because taking it back may cost a switch interval (5 ms).
     fn brief<T>(&self, call: impl FnOnce(&mut State) -> Result<T, CoreError>) -> PyResult<T> {
-        raise(self.state().call(call))
+        raise(self.state().call(call), "prompt")
     }
 
     fn with_ids<T>(
@@ -93,7 +93,7 @@ impl Core {
         call: impl FnOnce(&mut kvlite_core::Core, u32, &[i32]) -> Result<T, CoreError>,
     ) -> PyResult<T> {
         let (tenant, ids) = (unsigned("tenant", tenant)?, Array::<i32, 1>::new("ids", ids)?.packed_from(0)?);
-        self.brief(|state| call(&mut state.core, tenant, ids.slice()))
+        raise(self.state().call(|state| call(&mut state.core, tenant, ids.slice())), "ids")
     }
 
     fn detached<T: Send>(
@@ -101,7 +101,7 @@ impl Core {
         py: Python<'_>,
         call: impl FnOnce(&mut State) -> Result<T, CoreError> + Send,
     ) -> PyResult<T> {
-        raise(py.detach(|| self.state().call(call)))
+        raise(py.detach(|| self.state().call(call)), "prompt")
     }
 }
 
@@ -116,7 +116,7 @@ impl Core {
         let second = arena("arenas[1]", &arenas.1, expected)?;
         let spans = [first.span(), second.span()];
         let arenas = [first.exclusive(&spans[1..])?, second.exclusive(&spans[..1])?];
-        let core = kvlite_core::Core::new(config).map_err(|error| from_core(&error))?;
+        let core = kvlite_core::Core::new(config).map_err(|error| from_core(&error, ""))?;
         Ok(Core { state: Mutex::new(State { core, arenas, broken: None }) })
     }
 
@@ -342,6 +342,6 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
         max_segments: number("max_segments")?,
         hash_seed: value("hash_seed")?.extract()?,
     };
-    config.validate().map_err(|error| from_core(&error))?;
+    config.validate().map_err(|error| from_core(&error, ""))?;
     Ok(config)
 }

@@ -58,15 +58,17 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
     invalid(param, error.to_string())
 }
 
-/// A core's refusal, by blame.
-pub fn from_core(error: &CoreError) -> PyErr {
+/// A core's refusal, by blame. `ids`: what the caller calls the token ids.
+pub fn from_core(error: &CoreError, ids: &'static str) -> PyErr {
     let param = match error {
         CoreError::QueueFull { .. } | CoreError::Pinned { .. } => return CapacityError::new_err(error.to_string()),
+        CoreError::Config { field: "canonical_prefix_len", .. } => "canonical_prefix",
         CoreError::Config { field, .. } => field,
         CoreError::Watermark { .. } => "watermark_ratio",
         CoreError::SegmentCache { .. } => "segment_cache_ratio",
         CoreError::CanonicalPrefix { .. } => "canonical_prefix",
-        CoreError::EmptyPrompt | CoreError::OutsideVocabulary { .. } | CoreError::PromptTooLong { .. } => "prompt",
+        CoreError::EmptyPrompt | CoreError::OutsideVocabulary { .. } => ids,
+        CoreError::PromptTooLong { .. } | CoreError::SegmentTooLong { .. } => ids,
         CoreError::TooLong { .. } | CoreError::NeverFits { .. } | CoreError::NoOutput => "max_tokens",
         CoreError::Choices { .. } => "n",
         CoreError::MinTokens { .. } => "min_tokens",
@@ -79,7 +81,6 @@ pub fn from_core(error: &CoreError) -> PyErr {
         CoreError::Scores { .. } => "scores",
         CoreError::DecodeRows { .. } => "decode_rows",
         CoreError::BlendedLogprobs => "blend",
-        CoreError::SegmentTooLong { .. } => "ids",
         CoreError::ArenaLength { .. } => "arenas",
         CoreError::ArenaIndex { .. } | CoreError::PlanOutstanding { .. } => "arena_idx",
     };
