@@ -164,7 +164,12 @@ impl Simulation {
             .sum();
         let bound = 60 + 6 * work;
         let mut steps = 0;
-        while self.engine.num_live() > 0 || self.engine.core.stats().num_requests > 0 {
+        // Makers are no requests: one may go on for a pinned segment that nobody waits for any more.
+        let is_busy = |engine: &Engine| {
+            let stats = engine.core.stats();
+            engine.num_live() + stats.num_requests + stats.num_running + stats.num_waiting > 0
+        };
+        while is_busy(&self.engine) {
             assert!(steps < bound, "{} still live after {bound} quiet steps", self.engine.num_live());
             self.turn(true);
             steps += 1;

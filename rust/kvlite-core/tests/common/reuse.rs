@@ -117,7 +117,9 @@ impl Reuse {
 
     /// Whether the segment of a precomputing request was dropped or unpinned at some time.
     pub fn is_let_go(&self, asked: &Asked) -> bool {
-        asked.precompute.is_some() && self.let_go.contains(&(asked.tenant, asked.prompt.clone()))
+        // It may have waited for a public one.
+        let let_go = |tenant: u32| self.let_go.contains(&(tenant, asked.prompt.clone()));
+        asked.precompute.is_some() && (let_go(asked.tenant) || let_go(PUBLIC))
     }
 
     /// Whether a precomputing request may end with an error.
