@@ -17,7 +17,7 @@ def place_kv(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> None:
-    """Row target_slot[i] of every layer becomes row source_slot[i]: K rotated to positions[i] (it was not yet), V as is.
+    """Row target_slot[i] of every layer becomes row source_slot[i]: K rotated to positions[i], V as is.
 
     kv_pool [B, L, 2, block_size, KH, D] · source_slot, target_slot [P] int32, slot = block * block_size + offset ·
     positions [P] int32 · cos, sin [positions, rot/2] fp32. Targets are distinct and never a source of the same call.
