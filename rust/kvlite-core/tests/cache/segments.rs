@@ -125,6 +125,23 @@ fn the_segment_that_was_used_least_goes_first() {
 }
 
 #[test]
+fn popularity_of_the_past_wears_off() {
+    let mut cache = store();
+    let popular = make(&mut cache, OURS, &[1; 2 * BLOCK_SIZE]);
+    for _ in 0..10_000 {
+        touch(&mut cache, popular);
+    }
+    // Three more fit beside it; each of the others raises the clock a little as it goes.
+    let mut first = 100;
+    while cache.has_segment(popular) {
+        make(&mut cache, OURS, &[first; 2 * BLOCK_SIZE]);
+        first += 1;
+        assert!(first < 200, "it outlives a hundred new ones");
+    }
+    assert!(first > 110, "it is worth some");
+}
+
+#[test]
 fn a_long_segment_saves_more_per_byte_and_stays_longer() {
     let mut cache = Cache::new(&CoreConfig { attention_cost_tokens: 4, ..config(16) });
     let long = make(&mut cache, OURS, &[1; 4 * BLOCK_SIZE]);

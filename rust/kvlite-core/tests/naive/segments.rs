@@ -82,7 +82,7 @@ impl Naive {
             let (len, limit) = (segment.ids.len() as u128, 2 * u128::from(ATTENTION_COST_TOKENS));
             let cost = len * limit + len * len;
             let bytes = limit * (segment.num_held() * self.regime.block_size) as u128;
-            let priority = self.segment_clock + u128::from(1 + segment.hits) * (cost * 65_536 / bytes);
+            let priority = self.segment_clock + u128::from(1 + segment.hits.min(15)) * (cost * 65_536 / bytes);
             self.segments[at].released = (priority, tick);
         }
     }

@@ -18,6 +18,8 @@ type Rank = (u128, u64, u32);
 
 /// Binary places of a priority.
 const PRIORITY_SHIFT: u32 = 16;
+/// Hits that count for the order of eviction.
+const MAX_COUNTED_HITS: u32 = 15;
 
 /// Tokens that are hashed at once; 4 KiB keep the vector units of BLAKE3 busy.
 const HASHED_AT_ONCE: usize = 1024;
@@ -125,12 +127,13 @@ impl Segments {
     }
 
     /// Clock + uses * recompute cost / bytes, in 2^-16 of a token's cost per token kept: uses count from one, because making it
-    /// was one; cost = len * (1 + len / (2 attention_cost_tokens)); bytes are those of whole blocks.
+    /// was one; cost = len * (1 + len / (2 attention_cost_tokens)); bytes are those of whole blocks. Uses beyond `MAX_COUNTED_HITS`
+    /// do not count: what was popular once would outlive, for as many evictions, everything that is new.
     pub(super) fn priority(&self, entry: &Entry) -> u128 {
         let (len, linear) = (entry.ids.len() as u128, 2 * self.attention_cost_tokens);
         let kept = (entry.blocks.len() * self.block_size) as u128;
         let value = ((len * (linear + len)) << PRIORITY_SHIFT) / (linear * kept);
-        self.clock + (u128::from(entry.hits) + 1) * value
+        self.clock + (u128::from(entry.hits.min(MAX_COUNTED_HITS)) + 1) * value
     }
 }
 
