@@ -54,7 +54,7 @@ impl Core {
         let existing = self.cache.find_segment(owner, ids).filter(|&id| self.cache.segment(id).tenant == owner);
         let is_pinned = existing.is_some_and(|id| self.cache.segment(id).pinned);
         if pinned && !is_pinned {
-            self.check_pin(self.segment_blocks(ids.len()))?;
+            self.check_pin(self.segment_blocks(ids.len()), existing)?;
         }
         let rule = Rule {
             spans: [(0, ids.len() as u32)].into(),
@@ -95,7 +95,7 @@ impl Core {
     pub fn pin_segment(&mut self, tenant: u32, ids: &[Token], pinned: bool) -> Result<bool, CoreError> {
         let Some(id) = self.own_segment(tenant, ids) else { return Ok(false) };
         if pinned && !self.cache.segment(id).pinned {
-            self.check_pin(self.segment_blocks(ids.len()))?;
+            self.check_pin(self.segment_blocks(ids.len()), Some(id))?;
         }
         self.cache.pin_segment(id, pinned);
         self.room_epoch += 1;
@@ -167,10 +167,11 @@ impl Core {
 
     /// Whether `blocks` more may be pinned: the largest live request must still fit into the pool beside them, and the
     /// largest segment that is wanted into the store.
-    fn check_pin(&self, blocks: u32) -> Result<(), CoreError> {
+    fn check_pin(&self, blocks: u32, own: Option<SegmentId>) -> Result<(), CoreError> {
         let live = self.seqs.iter().filter(|seq| seq.status() != Status::Vacant);
-        let needed = live.map(|seq| self.blocks_of(seq)).max().unwrap_or(0);
-        let views = self.makers.keys().map(|&id| self.cache.segment(id)).filter(|view| !view.pinned);
+        let needed = live.map(|seq| self.blocks_of(seq, own)).max().unwrap_or(0);
+        let others = self.makers.keys().filter(|&&id| Some(id) != own);
+        let views = others.map(|&id| self.cache.segment(id)).filter(|view| !view.pinned);
         let wanted = views.map(|view| self.segment_blocks(view.len as usize)).max().unwrap_or(0);
         let pinned = self.cache.pinned_blocks() as u32 + blocks;
         for (needed, total) in [(needed, self.config.num_blocks), (wanted, self.store_blocks())] {
@@ -181,8 +182,11 @@ impl Core {
         Ok(())
     }
 
-    fn blocks_of(&self, seq: &Sequence) -> u32 {
-        let made = seq.makes.map_or(0, |id| self.segment_blocks(self.cache.segment(id).len as usize));
+    /// Blocks of a sequence at its end; those of segment `own` are counted by the caller.
+    fn blocks_of(&self, seq: &Sequence, own: Option<SegmentId>) -> u32 {
+        // A maker that ends has given up its segment before it has left.
+        let made = seq.makes.filter(|id| Some(*id) != own && self.makers.contains_key(id));
+        let made = made.map_or(0, |id| self.segment_blocks(self.cache.segment(id).len as usize));
         (seq.end_len - 1).div_ceil(self.config.block_size) + made
     }
 
@@ -265,6 +269,11 @@ impl Core {
             }
         }
         if pins && let Some(id) = self.own_segment(tenant.0, &self.seq(slot).tokens) {
+            let view = self.cache.segment(id);
+            if !view.pinned && self.check_pin(self.segment_blocks(view.len as usize), Some(id)).is_err() {
+                self.end(slot, FinishReason::Error); // Its pin was lost for a time, and others need the room since.
+                return;
+            }
             self.cache.pin_segment(id, true);
         }
         if self.seq(slot).status() == Status::Waiting {
