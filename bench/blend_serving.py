@@ -1,8 +1,9 @@
 """What blending means for others in the same engine: neighbours' steps, memory per request, the store over time.
 
-`neighbours`: requests decode while a blended one is served; the same while a plain prompt is served that has as many
-token-layers as the blended request computes, selection included. `x_neighbour_delay` is how much longer the neighbours
-waited in all for the blended one, `x_neighbour_step` compares the longest step that they saw: about 1 is fair.
+`neighbours`: requests decode while a blended one is served; the same while a plain prompt is served whose prefill takes
+as many operations as the blended request, selection and attention over its long context included.
+`x_neighbour_delay` is how much longer the neighbours waited in all for the blended one, `x_neighbour_step` compares the
+longest step that they saw: about 1 is fair.
 
 `capacity`: requests on one hot document. Exact ones must begin alike and share its blocks; blended ones begin as they
 like, and each owns a placed copy. `hit_rates`: novel queries, documents drawn by popularity (Zipf), a store for about
@@ -12,6 +13,7 @@ half of them; the share of document tokens found must not fall from one hundred 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import time
@@ -24,10 +26,24 @@ from kvlite.models import ModelConfig, load_config
 from kvlite.reuse_types import Reuse, Segment, SegmentHit
 from kvlite.startup import SHIPPED_MODEL
 
-from .blending import DOCUMENT_LEN, Choice, Part, ask, documents, flat, prompts, round_, token_layers, vocabulary, warm
+from .blending import (
+    DOCUMENT_LEN,
+    QUESTION_LEN,
+    Asked,
+    Choice,
+    Part,
+    ask,
+    documents,
+    flat,
+    prompts,
+    round_,
+    token_layers,
+    vocabulary,
+    warm,
+)
 from .embedded import Setup, drain, greedy, opened
 from .errors import BenchError
-from .limits import kv_bytes_per_token
+from .limits import kv_bytes_per_token, products
 from .options import torch_dtype
 from .workloads import tokens
 
@@ -56,9 +72,7 @@ def neighbours(engine: Engine, config: ModelConfig, length: int, rounds: int) ->
     library = documents(vocab, max(length // DOCUMENT_LEN, 1), DOCUMENT_LEN, seed=7)
     warm(engine, vocab, library)
     stream = prompts(vocab, library, len(library), seed=7)
-    alone = ask(engine, next(stream), QUERY.reuse)
-    prompt_len = alone.reused_tokens + alone.report.computed_tokens
-    effective = max(round(token_layers(config, QUERY, alone)["computed"] * prompt_len), 1)
+    effective = effective_len(config, ask(engine, next(stream), QUERY.reuse))
     delays: dict[str, list[float]] = {"blend": [], "plain": []}
     longest: dict[str, list[float]] = {"blend": [], "plain": []}
     bases: list[float] = []
@@ -83,6 +97,19 @@ def neighbours(engine: Engine, config: ModelConfig, length: int, rounds: int) ->
         "x_neighbour_delay": round(delay["blend"] / delay["plain"], 2),
         "x_neighbour_step": round(step["blend"] / step["plain"], 2),
     }
+
+
+def effective_len(config: ModelConfig, asked: Asked) -> int:
+    """Tokens of the plain prompt whose prefill takes as many operations as the QUERY request `asked` did."""
+    prompt_len = asked.reused_tokens + asked.report.computed_tokens
+    rows = token_layers(config, QUERY, asked)["computed"] * prompt_len
+    # Recomputed rows lie anywhere, the question's see everything, twice; the head's see next to nothing.
+    keys = asked.report.recomputed_tokens * prompt_len / 2 + 2 * QUESTION_LEN * prompt_len
+    weights = sum(product.num_weights * product.count for product in products(config) if product.name != "head")
+    per_key = 2 * config.num_heads * config.head_dim * config.num_layers
+    wanted = 2 * weights * rows + 2 * per_key * keys
+    # flops(n) = per_key n^2 + 2 weights n, as `prefill` counts them.
+    return max(round((math.sqrt(weights * weights + per_key * wanted) - weights) / per_key), 1)
 
 
 def beside(engine: Engine, vocab: int, prompt: Sequence[Part] | list[int], reuse: Reuse) -> tuple[float, list[float]]:

@@ -19,6 +19,7 @@ from kvlite.bench.blending import Asked, Choice, documents, flat, prompts, token
 from kvlite.bench.embedded import Setup, opened
 from kvlite.bench.errors import BenchError
 from kvlite.bench.make_model import Shape
+from kvlite.bench.prefill import flops
 from kvlite.models import load_config
 from kvlite.reuse_types import Reuse, ReuseMode, ReuseReport, Segment
 
@@ -72,6 +73,15 @@ def test_token_layers_count_selection_and_the_pass_over_new_text(folder: Path) -
     assert deviation["selection"] == round(1.2 / 3 * 164 / 100, 4)
     boundary = token_layers(config, Choice("boundary", 0.15), asked(report()))
     assert boundary == {"recomputed": 0.15, "selection": 0.0, "computed": round(79 / 164, 4)}
+
+
+def test_the_plain_twin_of_a_blended_request_takes_as_many_operations(folder: Path) -> None:
+    config = load_config(folder)[0]
+    weights = 3 * (64 * 128 + 64 * 64 + 3 * 64 * 96)
+    length = blend_serving.effective_len(config, asked(report(blended=850, recomputed=150)))
+    recomputed, new = 150 * 1064 / 2, 2 * 32 * 1064
+    blended = 2 * weights * (150 + 64 + 64) + 4 * 64 * 3 * (recomputed + new)
+    assert flops(config, weights, length) == pytest.approx(blended, rel=0.01)
 
 
 @pytest.mark.parametrize(
