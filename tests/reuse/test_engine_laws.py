@@ -197,9 +197,12 @@ def test_two_choices_of_a_blend_are_those_of_one_each() -> None:
     assert both == fresh(PROMPT, PARTLY, params, max_num_batched_tokens=24, max_num_seqs=8)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_preempted_blend_goes_on_as_if_nothing_had_been(method: str) -> None:
-    reuse, long = Reuse.blend(0.2, method), replace(PARAMS, max_tokens=60)
+DEEPER = [("deviation", {"check_layer": 2}), ("attention-deviation", {"check_layer": 2}), ("deviation", {"gradual": 2})]
+
+
+@pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in METHODS), *DEEPER])
+def test_a_preempted_blend_goes_on_as_if_nothing_had_been(method: str, options: dict[str, int]) -> None:
+    reuse, long = Reuse.blend(0.2, method, **options), replace(PARAMS, max_tokens=60)
     prompts = [PROMPT, parts(*DOCS[::-1], QUESTION), parts(GAP, DOCS[1], QUESTION), parts(DOCS[2], HEAD, QUESTION)]
     alone = [fresh(prompt, reuse, long) for prompt in prompts]
     small = pool_of(27)
