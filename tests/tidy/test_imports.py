@@ -16,7 +16,16 @@ from tests.tidy.sources import ROOT, blank_rust, read, sources, without_rust_tes
 
 LEAVES = {"errors", "checks", "reuse_types", "types", "config", "progress"}
 COMPUTE = LEAVES | {"_core", "ops"}
-REQUEST = LEAVES | {"model_files", "chat_environment", "chat_template", "tokenizer", "request", "reuse", "documents", "library"}
+REQUEST = LEAVES | {
+    "model_files",
+    "chat_environment",
+    "chat_template",
+    "tokenizer",
+    "request",
+    "reuse",
+    "documents",
+    "library",
+}
 ENGINE = REQUEST | {"engine"}
 SERVING = ENGINE | {"async_engine"}
 
