@@ -33,7 +33,7 @@ from .asking import Asker, Rule
 from .generator import CROSS_KINDS, contexts
 from .meter import metered
 
-METHODS = ("hybrid", "query", "deviation", "attention-deviation", "boundary", "random")
+METHODS = ("hybrid", "query", "plain-query", "deviation", "attention-deviation", "boundary", "random")
 RATIOS = "5,8,10,15,20,30"
 SEED = 20_000
 """Of the figures that are kept; no method was tuned on its questions."""

@@ -10,7 +10,7 @@ together. Called by the scenario; owns no figure.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,8 @@ BLENDING, EXACT, CHECKING, MASKED = 0, 1, 2, 3
 """Tenants: what one of them publishes, the others do not see."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 """An answer is a word and the end; more would be a wrong answer anyway."""
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"plain-query": ("query", {"hop": False})}
+"""Names of the table for methods with options."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Rule:
     """One row of the table."""
 
     method: str
-    """Of kvlite.reuse, or `full`: exact prefill."""
+    """Of kvlite.reuse or VARIANTS, or `full`: exact prefill."""
     ratio: float = 0.0
     bottom_right: bool = False
 
@@ -48,7 +50,10 @@ class Rule:
     @property
     def reuse(self) -> Reuse:
         """What a request under this rule asks."""
-        return Reuse.PREFIX if self.method == "full" else Reuse.blend(self.ratio, self.method)
+        if self.method == "full":
+            return Reuse.PREFIX
+        method, options = VARIANTS.get(self.method, (self.method, {}))
+        return Reuse.blend(self.ratio, method, **options)
 
     @property
     def tenant(self) -> int:

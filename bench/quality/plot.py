@@ -13,8 +13,8 @@ from ..errors import BenchError
 
 INSTALL = "the picture needs matplotlib: pip install matplotlib"
 COLOURS = {
-    "hybrid": "#d62728", "query": "#1f77b4", "deviation": "#2ca02c", "attention-deviation": "#9467bd",
-    "boundary": "#8c564b", "random": "#7f7f7f",
+    "hybrid": "#d62728", "query": "#1f77b4", "plain-query": "#17becf", "deviation": "#2ca02c",
+    "attention-deviation": "#9467bd", "boundary": "#8c564b", "random": "#7f7f7f",
 }  # fmt: skip
 
 

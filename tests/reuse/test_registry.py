@@ -34,7 +34,7 @@ def test_an_unknown_method_is_refused_with_all_names(name: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("query", {"check_layer": 1}, "no option of method query, whose options are: window"),
+        ("query", {"check_layer": 1}, "no option of method query, whose options are: hop, window"),
         ("none", {"seed": 1}, "whose options are: none"),
         ("query", {"window": 4}, "4 is even"),
         ("query", {"window": 65}, "between 1 and 63"),

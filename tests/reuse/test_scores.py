@@ -72,7 +72,7 @@ def test_query_is_the_attention_of_the_scoring_rows_over_all_heads_and_layers(fa
     blend = Blend(family, backend)
     new = blend.layout.new
     scoring = range(len(new) - 2, len(new))
-    weight, value = blend.scored(new, scoring, resolve("query", {}, NUM_LAYERS))
+    weight, value = blend.scored(new, scoring, resolve("query", {"hop": False}, NUM_LAYERS))
     expected = sum(layer.attention[:, scoring].sum((0, 1)) for layer in blend.seen(new))
     assert isinstance(expected, torch.Tensor)
     assert_close(blend.at_reused(weight), blend.at_reused(expected))
@@ -83,8 +83,8 @@ def test_a_query_window_takes_the_mean_of_its_keys(backend: str) -> None:
     blend = Blend(FAMILIES[0], backend)
     new = blend.layout.new
     scoring = range(len(new) - 2, len(new))
-    weight, _ = blend.scored(new, scoring, resolve("query", {}, NUM_LAYERS))
-    smooth, _ = blend.scored(new, scoring, resolve("query", {"window": 5}, NUM_LAYERS))
+    weight, _ = blend.scored(new, scoring, resolve("query", {"hop": False}, NUM_LAYERS))
+    smooth, _ = blend.scored(new, scoring, resolve("query", {"hop": False, "window": 5}, NUM_LAYERS))
     for n, found in enumerate(smooth):
         assert float(found) == pytest.approx(float(weight[max(n - 2, 0) : n + 3].mean()), rel=1e-5, abs=1e-7)
 
@@ -188,17 +188,20 @@ def test_links_are_each_rows_strongest_look_inside_its_segment_in_any_chunks(
     assert expected[2:, 0].min() > 0 and bool((expected[:, 2] > 0).any())
 
 
-def test_hybrid_is_the_last_rows_attention_and_one_hop_along_the_links(family: str, backend: str) -> None:
+@pytest.mark.parametrize(("method", "miss_weight", "num_rows"), [("hybrid", 3, 1), ("query", 0, 2)])
+def test_attention_hops_once_along_the_links(
+    method: str, miss_weight: int, num_rows: int, family: str, backend: str
+) -> None:
     blend = Blend(family, backend)
     new = blend.layout.new
-    weight, value = blend.scored(new, range(len(new) - 2, len(new)), resolve("hybrid", {}, NUM_LAYERS))
-    mass = sum(layer.attention[:, -1].sum(0) for layer in blend.seen(new))
+    weight, value = blend.scored(new, range(len(new) - 2, len(new)), resolve(method, {}, NUM_LAYERS))
+    mass = sum(layer.attention[:, -num_rows:].sum((0, 1)) for layer in blend.seen(new))
     assert isinstance(mass, torch.Tensor)
     expected = torch.zeros(len(blend.layout.tokens))
     for start, doc in zip(blend.layout.starts, blend.layout.docs, strict=True):
         tokens = [*PREFIX, *doc]
         links = naive_links(blend.twin.run(blend.twin.text(len(tokens)), range(len(tokens)), tokens), len(doc))
-        own = mass[start : start + len(doc)] * (1 + 3 * links[:, 2])
+        own = mass[start : start + len(doc)] * (1 + miss_weight * links[:, 2])
         expected[start : start + len(doc)] = torch.maximum(expected[start : start + len(doc)], own)
         for j, (offset, strength, _) in enumerate(links.tolist()):
             parent = start + j - int(offset)
@@ -209,7 +212,12 @@ def test_hybrid_is_the_last_rows_attention_and_one_hop_along_the_links(family: s
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("query", {}), ("deviation", {"check_layer": 2}), ("attention-deviation", {}), ("query", {"window": 3})],
+    [
+        ("query", {"hop": False}),
+        ("query", {"hop": False, "window": 3}),
+        ("deviation", {"check_layer": 2}),
+        ("attention-deviation", {}),
+    ],
 )
 def test_chunks_add_up_to_the_scores_of_the_whole(name: str, options: dict[str, Any], backend: str) -> None:
     method = resolve(name, options, NUM_LAYERS)

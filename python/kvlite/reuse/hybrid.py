@@ -13,6 +13,7 @@ import torch
 
 from kvlite.models import LayerRows, Probe
 from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry, Tools
+from kvlite.reuse.links import hop
 from kvlite.reuse.mass import Mass
 
 MISS_WEIGHT = 3.0
@@ -55,8 +56,5 @@ class _HybridProbe:
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight: the score. Value: 1."""
-        offset, strength, miss = self._links.unbind(1)
-        mass = self._mass.total() * (1 + MISS_WEIGHT * miss)
-        parent = (torch.arange(len(mass), device=mass.device) - offset.long()).clamp(min=0)
-        hop = torch.zeros_like(mass).scatter_reduce(0, parent, strength * mass, "amax")
-        return torch.maximum(mass, hop), torch.ones_like(mass)
+        weight = hop(self._mass.total() * (1 + MISS_WEIGHT * self._links[:, 2]), self._links)
+        return weight, torch.ones_like(weight)

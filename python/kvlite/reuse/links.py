@@ -4,7 +4,7 @@ Three numbers per row, kept beside its KV and moved with it: how many rows back 
 it looks there, and how much of its attention fell on the canonical prefix, where a look-up ends that finds nothing.
 The parent is the earlier row of the segment with the most attention in any layer, mean over heads; a row does not
 count itself nor the segment's first row, where attention rests that has nothing to do. Made by the runner for rows that
-make a segment; read by `hybrid`.
+make a segment; read by `query` and `hybrid`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ NUM_LINKS = 3
 """Columns: offset, strength, miss."""
 TILE_ROWS = 256
 """Rows whose attention is looked at at once: bounds memory, and keys behind the last of them are left out."""
+
+
+def hop(mass: torch.Tensor, links: torch.Tensor) -> torch.Tensor:
+    """The larger of each row's own mass and of strength * mass of any row whose parent it is.
+
+    mass [n] fp32, not negative; links [n, 3] as above. Returns [n].
+    """
+    offset, strength, _ = links.unbind(1)
+    parent = (torch.arange(len(mass), device=mass.device) - offset.long()).clamp(min=0)
+    return torch.maximum(mass, torch.zeros_like(mass).scatter_reduce(0, parent, strength * mass, "amax"))
 
 
 class LinkProbe:

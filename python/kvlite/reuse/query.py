@@ -1,5 +1,6 @@
 """Attention of the question: the question's rows run once over the reused text as it is, and the rows that they look at
-are computed again. ProphetKV (arXiv 2602.02579), InfoFlow-KV (2603.05353), A3 (2511.17560).
+are computed again. ProphetKV (arXiv 2602.02579), InfoFlow-KV (2603.05353), A3 (2511.17560). The hop is ours: the row
+that holds the answer leans on one that the question cannot see before repair, and `links.py` knows it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 
 from kvlite.models import LayerRows, Probe
 from kvlite.reuse.base import Dynamic, Round, Scope, ScoreEntry, Tools
+from kvlite.reuse.links import hop
 from kvlite.reuse.mass import Mass
 
 
@@ -17,9 +19,11 @@ from kvlite.reuse.mass import Mass
 class Query(Dynamic):
     """`query`: attention received from every scoring row, summed over heads and layers.
 
-    `window` (odd) averages that over so many neighbours, which keeps values of several tokens whole.
+    `hop`: a row that another row of its segment leans on counts with that one's attention as well, times the strength
+    of the link. `window` (odd) averages over so many neighbours first, which keeps values of several tokens whole.
     """
 
+    hop: bool = True
     window: int = 1
     name = "query"
 
@@ -29,17 +33,19 @@ class Query(Dynamic):
 
     def probe(self, entry: ScoreEntry, tools: Tools) -> Probe:
         """Adds up attention in every layer."""
-        return _QueryProbe(entry, Mass(entry, tools.key_mass), self.window)
+        links = tools.links_of(entry) if self.hop else None
+        return _QueryProbe(entry, Mass(entry, tools.key_mass), self.window, links)
 
 
 class _QueryProbe:
     depth = None
 
-    def __init__(self, entry: ScoreEntry, mass: Mass, window: int) -> None:
+    def __init__(self, entry: ScoreEntry, mass: Mass, window: int, links: torch.Tensor | None) -> None:
         self.rows = entry.rows
         self.seq_row = entry.seq_row
         self._mass = mass
         self._window = window
+        self._links = links
 
     def before_store(self, at: LayerRows) -> None:
         """Nothing to see."""
@@ -49,8 +55,10 @@ class _QueryProbe:
         self._mass.add(at)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight: the attention. Value: 1."""
+        """Weight: the attention, after the hop. Value: 1."""
         weight = smooth(self._mass.total(), self._window)
+        if self._links is not None:
+            weight = hop(weight, self._links)
         return weight, torch.ones_like(weight)
 
 

@@ -71,7 +71,7 @@ METHODS: Mapping[str, Entry] = {
     "attention-deviation": Entry(
         AttentionDeviation, {"check_layer": _layer, "decode_rows": _integer(0, MAX_DECODE_ROWS)}
     ),
-    "query": Entry(Query, {"window": _odd}),
+    "query": Entry(Query, {"hop": _flag, "window": _odd}),
     "hybrid": Entry(Hybrid, {}),
 }
 
