@@ -232,6 +232,8 @@ class Interrupting:
 
 @pytest.mark.parametrize("where", ["core", "forward"])
 def test_ctrl_c_in_a_step_loses_nothing_of_the_others(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell starts what it puts into the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with engine(deterministic=True) as made:
         expected = made.generate([ids(10, 1), ids(10, 2)], GREEDY)
         stopped, other = made.stream(ids(10, 1), GREEDY), made.stream(ids(10, 2), GREEDY)

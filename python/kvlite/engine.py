@@ -338,6 +338,8 @@ class Engine(Loop):
         try:
             return self.add_validated(request)
         except CapacityError:
+            if not self.num_unfinished:
+                raise  # Nobody is left whose end would make room.
             return None
 
     def _forget(self, handle: int) -> None:
