@@ -58,8 +58,15 @@ async def run(server: Server, options: argparse.Namespace, objective: Objective)
     figures["x_ttft_w3"] = round(times["prefix"] / times["blend"], 2)
     if options.ramp:
         for number, mode in enumerate(MODES):
-            jobs = workloads.retrieval(count, options.seed + 100 + number).jobs
-            figures[f"saturation_{mode}"] = await ramp(servers[mode], jobs, options, objective, REFINE)
+            # New questions and orders at every rate: an old one would be a hit of its whole prompt.
+            first = options.seed + 100 * (number + 1)
+            figures[f"saturation_{mode}"] = await ramp(
+                servers[mode],
+                lambda stage, first=first: retrieval_jobs(count, first + stage),
+                options,
+                objective,
+                REFINE,
+            )
         held = {mode: figures[f"saturation_{mode}"]["saturation_rps"] for mode in MODES}
         if not held["prefix"]:
             raise BenchError(
@@ -68,6 +75,11 @@ async def run(server: Server, options: argparse.Namespace, objective: Objective)
         figures["x_throughput_blend"] = round(held["blend"] / held["prefix"], 2)
         print(f"w3: {held['prefix']:.2f} requests/s by prefix, {held['blend']:.2f} blended, within the objective")
     return figures
+
+
+def retrieval_jobs(count: int, seed: int) -> list[workloads.Job]:
+    """Jobs of one stage of a ramp."""
+    return workloads.retrieval(count, seed).jobs
 
 
 async def warm(server: Server, timeout_s: float) -> None:

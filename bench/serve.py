@@ -92,7 +92,7 @@ async def run(server: Server, options: argparse.Namespace, max_len: int) -> dict
         return figures | await retrieval.run(server, options, objective)
     for workload in closed_workloads(options):
         if options.ramp:
-            figures[workload.name] = await ramp(server, workload.jobs, options, objective)
+            figures[workload.name] = await ramp(server, lambda _, jobs=workload.jobs: jobs, options, objective)
         elif options.rate is not None:
             jobs = workloads.poisson(workload.jobs, options.rate, options.seed)
             records = await run_open(server, jobs, options, workload.name)

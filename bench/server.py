@@ -6,7 +6,7 @@ Owns no workload and no option of its own; waiting counts as load.py says. Calle
 from __future__ import annotations
 
 import argparse
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,15 +78,19 @@ async def run_open(server: Server, jobs: list[Job], options: argparse.Namespace,
 
 
 async def ramp(
-    server: Server, jobs: list[Job], options: argparse.Namespace, objective: Objective, refine: int = 0
+    server: Server,
+    jobs_of: Callable[[int], list[Job]],
+    options: argparse.Namespace,
+    objective: Objective,
+    refine: int = 0,
 ) -> dict[str, Any]:
     """Poisson arrivals at rising rates until the objective is missed, then `refine` rates between the last that held
-    and the first that did not; the last rate that held.
+    and the first that did not; the last rate that held. `jobs_of` gives the jobs of a stage, from 0.
     """
     stages: list[dict[str, Any]] = []
     rate, held, missed = options.rate, 0.0, 0.0
     for stage in range(RAMP_STAGES):
-        due = workloads.poisson(jobs, rate, options.seed + stage)
+        due = workloads.poisson(jobs_of(stage), rate, options.seed + stage)
         name = f"{rate:.2f} req/s"
         figures = conclude(name, await run_open(server, due, options, name), objective)
         stages.append({"rate": round(rate, 4)} | figures)

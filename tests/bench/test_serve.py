@@ -209,7 +209,7 @@ def test_a_ramp_ends_between_the_rates_that_a_server_of_known_capacity_holds_and
 
     async def run() -> dict[str, Any]:
         options = parse(["--url", "http://unused", "--rate", "2", "--ramp"])
-        return await ramp(TenPerSecond(), [Job((20,), 1)] * 300, options, Objective(2000, 2000))  # type: ignore[arg-type]
+        return await ramp(TenPerSecond(), lambda _: [Job((20,), 1)] * 300, options, Objective(2000, 2000))  # type: ignore[arg-type]
 
     found = run_virtual(run())
     rates = [stage["rate"] for stage in found["stages"]]
