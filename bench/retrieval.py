@@ -62,7 +62,7 @@ async def run(server: Server, options: argparse.Namespace, objective: Objective)
             first = options.seed + 100 * (number + 1)
             figures[f"saturation_{mode}"] = await ramp(
                 servers[mode],
-                lambda stage, first=first: retrieval_jobs(count, first + stage),
+                lambda stage, first=first: workloads.retrieval(count, first + stage).jobs,
                 options,
                 objective,
                 REFINE,
@@ -75,11 +75,6 @@ async def run(server: Server, options: argparse.Namespace, objective: Objective)
         figures["x_throughput_blend"] = round(held["blend"] / held["prefix"], 2)
         print(f"w3: {held['prefix']:.2f} requests/s by prefix, {held['blend']:.2f} blended, within the objective")
     return figures
-
-
-def retrieval_jobs(count: int, seed: int) -> list[workloads.Job]:
-    """Jobs of one stage of a ramp."""
-    return workloads.retrieval(count, seed).jobs
 
 
 async def warm(server: Server, timeout_s: float) -> None:
