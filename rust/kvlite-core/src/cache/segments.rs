@@ -98,6 +98,11 @@ impl<E: EvictionPolicy> Cache<E> {
         segments.name(index)
     }
 
+    /// Blocks that segments may hold together.
+    pub fn segment_quota(&self) -> usize {
+        self.segments.quota
+    }
+
     /// Whether `len` tokens could ever be a segment, whatever is in use now: the quota alone decides.
     pub fn fits_segment(&self, len: u32) -> bool {
         len > 0 && self.segments.blocks_of(len as usize) <= self.segments.quota

@@ -47,7 +47,7 @@ impl Core {
         let pinned_blocks = self.cache.pinned_blocks();
         if !self.fits_alone(ids.len(), pinned_blocks) && self.segment(tenant, ids).is_none() {
             let (needed, pinned) = (self.segment_blocks(ids.len()), pinned_blocks as u32);
-            return Err(CoreError::Pinned { needed, total: self.store_blocks(), pinned });
+            return Err(CoreError::Pinned { needed, total: self.cache.segment_quota() as u32, pinned });
         }
         self.check_queue()?;
         let owner = TenantId(tenant);
@@ -141,17 +141,12 @@ impl Core {
         (len as u32).div_ceil(self.config.block_size)
     }
 
-    /// Blocks that segments may fill together.
-    fn store_blocks(&self) -> u32 {
-        (self.config.segment_cache_ratio * f64::from(self.config.num_blocks)) as u32
-    }
-
     /// Whether a segment of `len` tokens could be made beside `pinned` blocks, with nothing else in the pool.
     fn fits_alone(&self, len: usize, pinned: usize) -> bool {
         let behind = self.config.canonical_prefix.len() + len;
         let needed = self.segment_blocks(len) as usize + self.segment_blocks(behind) as usize;
         behind <= self.config.max_model_len as usize
-            && self.segment_blocks(len) as usize + pinned <= self.store_blocks() as usize
+            && self.segment_blocks(len) as usize + pinned <= self.cache.segment_quota()
             && needed + pinned <= self.config.num_blocks as usize
     }
 
@@ -174,7 +169,7 @@ impl Core {
         let views = others.map(|&id| self.cache.segment(id)).filter(|view| !view.pinned);
         let wanted = views.map(|view| self.segment_blocks(view.len as usize)).max().unwrap_or(0);
         let pinned = self.cache.pinned_blocks() as u32 + blocks;
-        for (needed, total) in [(needed, self.config.num_blocks), (wanted, self.store_blocks())] {
+        for (needed, total) in [(needed, self.config.num_blocks), (wanted, self.cache.segment_quota() as u32)] {
             if needed + pinned > total {
                 return Err(CoreError::Pinned { needed, total, pinned });
             }
