@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "loop": COMPUTE | REQUEST | {"agreement", "documents", "inflight", "runner", "startup", "twins"},
     "engine": COMPUTE | REQUEST | {"documents", "library", "loop", "output", "startup"},
     "async_engine": ENGINE | {"documents", "output"},
-    "fleet": SERVING,
+    "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "runner", "startup"},
     "server": SERVING | {"fleet"},
     "chat": SERVING,
     "demo": SERVING | {"server"},
