@@ -48,6 +48,53 @@ class _Message(Struct, frozen=True, tag=True, array_like=False, forbid_unknown_f
     """Tagged with the name of its class."""
 
 
+# At start
+
+
+class Setup(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker process reads from its standard input, as one line of JSON. The fleet key is no part of it."""
+
+    engine: EngineId
+    owner: Text
+    """Address of the front-end, which the worker connects to."""
+    listen: Text
+    """Address at which the worker listens for other workers; `Hello.address` says what it became (TCP port 0)."""
+    config: dict[str, str | int | float | bool | None]
+    """Fields of EngineConfig."""
+    max_moves: Annotated[int, Meta(ge=1, le=4096)] = 16
+    """At once, leaving and arriving each."""
+    max_inflight_bytes: Annotated[int, Meta(ge=1 << 16)] = 256 << 20
+    """Of KV that was sent and not acknowledged, all moves together."""
+    max_stages: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Copies while decoding goes on, before a move freezes its request."""
+    reserve_s: Annotated[float, Meta(gt=0)] = 10.0
+    """How long a destination keeps room for a move that does not go on."""
+    ack_s: Annotated[float, Meta(gt=0)] = 10.0
+    """How long a source waits for each answer of a destination."""
+    freeze_s: Annotated[float, Meta(gt=0)] = 10.0
+    """How long a request stays frozen before its source reclaims it."""
+    claim_s: Annotated[float, Meta(gt=0)] = 1.0
+    """After which a destination claims again, and a source reclaims again."""
+    heartbeat_s: Annotated[float, Meta(gt=0)] = 0.5
+    silence_s: Annotated[float, Meta(gt=0)] = 5.0
+    """A link that is silent for so long is down."""
+    bytes_per_s_limit: Annotated[float, Meta(gt=0)] | None = None
+    """Of each link between workers; None: as fast as it goes."""
+
+
+def encode_setup(setup: Setup) -> bytes:
+    """One line."""
+    return msgspec.json.encode(setup) + b"\n"
+
+
+def decode_setup(line: bytes) -> Setup:
+    """What the launcher wrote. Raises MessageError."""
+    try:
+        return msgspec.json.decode(line, type=Setup)
+    except msgspec.DecodeError as error:
+        raise MessageError(f"the setup of a worker cannot be read: {error}") from None
+
+
 # From the front-end
 
 
