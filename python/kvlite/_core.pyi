@@ -283,3 +283,246 @@ def cpu_set_num_threads(num_threads: int) -> None:
 
 def cpu_isa() -> str:
     """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+
+class FrameError(ValueError):
+    """A migration frame is malformed, or an engine said what the protocol does not allow: close its link."""
+
+_Effect: TypeAlias = tuple[Any, ...]
+"""A kind (a constant of `Mover` or of `Owner`) and its items, as the class lists them."""
+
+@final
+class Mover:
+    """Source and destination side of every move of one engine: a pure machine that says what to do next.
+
+    Every method returns the effects to carry out, in order. `attempt` tells moves of one request apart; give it back
+    with the answer: late answers of an older attempt are ignored. Live requests and arriving ones are two tables:
+    RESERVE,
+    CANCEL and COMMIT concern an arrival, all others the live request.
+
+    (SEND, peer, frame). A peer that cannot be reached: `link_down`.
+    (EXPORT, request, attempt, epoch) -> `exported`; None unless the live request has that very epoch.
+    (STAGE, request, attempt, epoch, to, stage, skip_blocks, final) -> `staged`, once the BLOCKS frames of the stage
+    are with
+    the link (none for no blocks) and its copies done. final: partly filled blocks too, the request is frozen.
+    (FREEZE, request, attempt) -> `frozen`, once no plan in flight names it. What follows (STAGE final, TAIL) may be
+    fetched
+    from the core in that same call: nothing changes any more.
+    (TAIL, request, attempt) -> `tail`, after every token that it has produced was handed to the owner's link.
+    (THAW, request, attempt, epoch): goes on here; its tokens carry `epoch` from now on.
+    (RELEASE, request, attempt, epoch): it lives elsewhere. Nothing to do unless the live request's epoch is <= `epoch`.
+    (RESERVE, request, attempt, source, manifest, ttl_ms, replay) -> `reserved` | `refused`. The mover keeps the ttl
+    and says
+    CANCEL itself: the core's deadline is a backstop and must not pass while a claim waits.
+    (CANCEL, request, attempt): drop the arrival; one that is still being reserved is dropped when that is done.
+    (COMMIT, request, attempt, epoch, manifest, replay): the request lives here now; its tokens carry `epoch`.
+    (DONE, request, attempt, result, stages, blocks, reason): the move's end at its source; result: index of RESULTS.
+    """
+
+    OWNER: int
+    """The peer number of the stream's owner, -1."""
+    SEND: int
+    EXPORT: int
+    STAGE: int
+    FREEZE: int
+    TAIL: int
+    THAW: int
+    RELEASE: int
+    RESERVE: int
+    CANCEL: int
+    COMMIT: int
+    DONE: int
+    RESULTS: tuple[str, ...]
+    """moved, refused, aborted, reclaimed, ended, failed."""
+    FRAME_KINDS: tuple[str, ...]
+    """Names of what `frame_kind` returns: move, prepare, reserved, refused, blocks, ack, tail, abort, claim,
+    granted, ..."""
+    BLOCKS: int
+    """The kind of a BLOCKS frame, the only one that goes to `blocks` and not to `frame`."""
+
+    def __new__(
+        cls,
+        engine: int,
+        *,
+        max_moves: int,
+        max_inflight_bytes: int,
+        block_bytes: int,
+        max_stages: int,
+        reserve_ms: int,
+        ack_ms: int,
+        freeze_ms: int,
+        claim_ms: int,
+    ) -> Mover:
+        """max_moves: out and in, each. reserve_ms: a reservation without news. ack_ms: an answer of the destination,
+        or the
+        freeze. freeze_ms: from the tail to the reclaim. claim_ms: between repeated claims. Raises InvalidArgument."""
+
+    def move(self, request: int, epoch: int, to: int, replay: bool, attempt: int, now_ms: int) -> list[_Effect]:
+        """The owner's order, as its MOVE frame gives it to `frame`."""
+
+    def frame(self, peer: int, frame: bytes, now_ms: int) -> list[_Effect]:
+        """Any frame but BLOCKS. Raises FrameError."""
+
+    def blocks(self, peer: int, frame: bytes, ok: bool, now_ms: int) -> list[_Effect]:
+        """A BLOCKS frame whose payload is stored; not ok: wrong digests, no room, no such arrival. Raises
+        FrameError."""
+
+    def link_down(self, peer: int, now_ms: int) -> list[_Effect]:
+        """The link to `peer` has ended or cannot be opened. OWNER: every move ends, every request is released."""
+
+    def tick(self, now_ms: int) -> list[_Effect]:
+        """What is due by now."""
+
+    def next_wake_ms(self) -> int | None:
+        """When `tick` has something to do; None: nothing waits for time."""
+
+    def ended(self, request: int, now_ms: int) -> list[_Effect]:
+        """The live request has finished, was cancelled or timed out here; nothing happens when it is not moving."""
+
+    def exported(
+        self, request: int, attempt: int, manifest: bytes | None, num_choices: int, now_ms: int
+    ) -> list[_Effect]:
+        """Answers EXPORT; None: it cannot be moved."""
+
+    def staged(
+        self, request: int, attempt: int, stage: int, num_blocks: int, left_after: int, now_ms: int
+    ) -> list[_Effect]:
+        """Answers STAGE. left_after: blocks that another stage would hold now (`Core.export_left`)."""
+
+    def frozen(self, request: int, attempt: int, now_ms: int) -> list[_Effect]:
+        """Answers FREEZE."""
+
+    def tail(
+        self,
+        request: int,
+        attempt: int,
+        manifest: bytes,
+        positions: Sequence[int],
+        outputs: Sequence[Sequence[int] | None],
+        now_ms: int,
+    ) -> list[_Effect]:
+        """Answers TAIL: the final manifest, tokens produced per choice, and their ids; None: that choice has ended."""
+
+    def failed(self, request: int, attempt: int, reason: str, now_ms: int) -> list[_Effect]:
+        """Answers any effect of the source that could not be carried out: the move is aborted."""
+
+    def reserved(self, request: int, attempt: int, hit_blocks: int, now_ms: int) -> list[_Effect]:
+        """Answers RESERVE. hit_blocks: leading prompt blocks that need not be sent."""
+
+    def refused(self, request: int, attempt: int, reason: str, now_ms: int) -> list[_Effect]:
+        """Answers RESERVE, or takes a reservation back before the claim."""
+
+    def moves(self) -> list[tuple[int, int, int, bool, str]]:
+        """(request, attempt, peer, whether it leaves, state) of every move under way."""
+
+@final
+class Owner:
+    """The stream owner's arbiter: which engine owns each request, under which epoch, and how far it was delivered.
+
+    After `tokens`, `finish`, `remove` and `replay` call `due`: a parked claim may be decided.
+
+    (SEND, engine, frame)
+    (SWITCH, request, engine, epoch): the current owner from now on. Tell it what happened meanwhile: cancel it,
+    finish the
+    choices that this side has cut. A REPLAY that waits for an engine is void.
+    (DELIVER, request, choice, position, ids): tokens of the old owner that come with the claim.
+    (REPLAY, request, preferred): its engine is gone: choose one and call `replay`. preferred: an engine that may
+    hold parts
+    of its KV, or -1.
+    (MOVED, request, result, to, stages, blocks, reason): the end of an order, once for each; result: index of
+    `Mover.RESULTS`.
+    """
+
+    SEND: int
+    SWITCH: int
+    DELIVER: int
+    REPLAY: int
+    MOVED: int
+
+    def __new__(cls) -> Owner: ...
+    def add(self, request: int, engine: int, num_choices: int, wants_logprobs: bool) -> int:
+        """A new request; returns its first epoch. wants_logprobs: tokens must come from an engine, a claim's ids are
+        not
+        enough. Raises InvalidArgument."""
+
+    def tokens(self, request: int, engine: int, epoch: int, choice: int, position: int, count: int) -> tuple[int, int]:
+        """(offset, count) of what is new in `count` tokens from output position `position` on; count 0: stale (see
+        `fence`).
+
+        Raises FrameError for a gap or a choice that there is not.
+        """
+
+    def finish(self, request: int, engine: int, epoch: int, choice: int) -> bool:
+        """A choice has ended, by its engine's word or by this side's own cut. False: stale, or ended already."""
+
+    def remove(self, request: int) -> None:
+        """The stream has ended; whatever is claimed of it later is denied."""
+
+    def due(self) -> list[_Effect]:
+        """Effects of calls that return none."""
+
+    def fence(self, request: int, engine: int, epoch: int) -> list[_Effect]:
+        """The REVOKED for an engine that speaks of a request under an epoch it does not own; empty: it does own it."""
+
+    def owner(self, request: int) -> tuple[int, int] | None:
+        """(engine, epoch), engine -1 while it waits for `replay`; None: no such request."""
+
+    def positions(self, request: int) -> list[int]:
+        """Tokens delivered per choice. Raises InvalidArgument for an unknown request."""
+
+    def moving(self, request: int) -> int | None:
+        """Where it is ordered to move to."""
+
+    def order(self, request: int, to: int, replay: bool, now_ms: int) -> list[_Effect]:
+        """Orders a move. Raises InvalidArgument: unknown, without an engine, to itself, moving already."""
+
+    def frame(self, engine: int, frame: bytes, now_ms: int) -> list[_Effect]:
+        """A frame from an engine. Raises FrameError."""
+
+    def engine_down(self, engine: int, now_ms: int) -> list[_Effect]:
+        """The link to an engine has ended: what it owned is replayed, unless a claim takes it over."""
+
+    def replay(self, request: int, to: int) -> int:
+        """Gives a request to another engine under a new epoch, which it returns. Raises InvalidArgument."""
+
+def encode_blocks(
+    request: int,
+    epoch: int,
+    attempt: int,
+    stage: int,
+    part: int,
+    is_last: bool,
+    keys: _Int32,
+    pool: NDArray[np.uint8],
+    blocks: _Int32,
+) -> bytes:
+    """A BLOCKS frame: keys [K, 2] (choice, index) and a digest per block of pool [num_blocks, block_bytes], rows
+    strided.
+
+    The payload is these K rows, in this order. part counts from 0 within the stage. Reads the rows of `blocks` [K]
+    alone,
+    without the GIL. Raises InvalidArgument.
+    """
+
+def decode_blocks(frame: bytes) -> tuple[int, int, int, int, int, bool, _Int32, bytes]:
+    """(request, epoch, attempt, stage, part, is_last, keys [K, 2], digests 32 K). Raises FrameError."""
+
+def verify_blocks(frame: bytes, payload: NDArray[np.uint8]) -> bool:
+    """Whether payload (one dimension, packed) is what the frame's digests say, without the GIL. Raises FrameError."""
+
+def frame_kind(frame: bytes) -> int:
+    """Index of `Mover.FRAME_KINDS`, from the header alone. Raises FrameError."""
+
+def decide_move(
+    *,
+    len: int,
+    hit: int,
+    kv_bytes_per_token: int,
+    link_bytes_per_s: float,
+    prefill_tokens_per_s: float,
+    decode_tokens_per_s: float,
+    step_s: float,
+) -> tuple[bool, float, float, float]:
+    """(copy, copy_s, replay_s, gap_s): whether copying the KV is faster than computing it again at the destination,
+    seconds of
+    either, and the gap between tokens to expect of the faster one. 0 tokens/s or bytes/s: unknown. Raises
+    InvalidArgument."""
