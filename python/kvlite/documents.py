@@ -10,14 +10,14 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvlite.errors import CapacityError
+from kvlite.errors import CapacityError, InvalidRequestError, UnknownDocumentError
 from kvlite.reuse_types import Document
 
 PUBLIC_TENANT = (1 << 31) - 1
@@ -133,6 +133,12 @@ class DocumentStore:
             mine = [found for (owner, _), found in self._documents.items() if owner in (tenant, PUBLIC_TENANT)]
         return sorted((found for found in mine if not self._is_over(found)), key=lambda found: found.created)
 
+    def all(self) -> list[StoredDocument]:
+        """Those of every tenant, oldest first."""
+        with self._lock:
+            every = list(self._documents.values())
+        return sorted((found for found in every if not self._is_over(found)), key=lambda found: found.created)
+
     def delete(self, tenant: int, id: str) -> StoredDocument | None:
         """Forgets the document that `tenant` owns; public ones are PUBLIC_TENANT's."""
         with self._lock:
@@ -170,6 +176,38 @@ class DocumentStore:
 
     def _is_over(self, document: StoredDocument) -> bool:
         return document.expires is not None and document.expires <= self._clock()
+
+
+def resolve(store: DocumentStore, documents: Sequence[Document | str], tenant: int, limit: int) -> list[Document]:
+    """Documents of a request, every one with its text; a plain text is a document.
+
+    Raises InvalidRequestError for more than `limit` and for an id that occurs twice, UnknownDocumentError for one that
+    `tenant` cannot see.
+    """
+    if isinstance(documents, str) or not isinstance(documents, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequestError("documents", "must be a list of documents")
+    if len(documents) > limit:
+        raise InvalidRequestError("documents", f"{len(documents)} are too many: at most {limit} per request")
+    found: list[Document] = []
+    seen: set[str] = set()
+    for n, given in enumerate(documents):
+        document = Document(given) if isinstance(given, str) else given
+        if not isinstance(document, Document):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequestError(f"documents[{n}]", "must be a kvlite.Document or a text")
+        if document.id is not None and document.id in seen:
+            raise InvalidRequestError(f"documents[{n}].id", f"{document.id!r} occurs twice")
+        if document.id is not None:
+            seen.add(document.id)
+        found.append(document if document.text is not None else _stored(store, document, n, tenant))
+    return found
+
+
+def _stored(store: DocumentStore, document: Document, n: int, tenant: int) -> Document:
+    assert document.id is not None, "a document has a text or an id"
+    stored = store.get(tenant, document.id)
+    if stored is None:
+        raise UnknownDocumentError(f"documents[{n}].id", document.id)
+    return stored.document if document.title is None else replace(stored.document, title=document.title)
 
 
 def new_id() -> str:

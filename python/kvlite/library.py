@@ -15,8 +15,16 @@ from numpy.typing import NDArray
 
 from kvlite import _core
 from kvlite.checks import check_number
-from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState, DocumentStore, StoredDocument, new_id
-from kvlite.errors import CapacityError, EngineError, InvalidRequestError, UnknownDocumentError
+from kvlite.documents import (
+    PUBLIC_TENANT,
+    DocumentInfo,
+    DocumentState,
+    DocumentStore,
+    StoredDocument,
+    new_id,
+    resolve,
+)
+from kvlite.errors import CapacityError, EngineError, InvalidRequestError
 from kvlite.inflight import NO_ROOM
 from kvlite.request import RequestLimits, ValidatedRequest, validate_segment
 from kvlite.reuse_types import Document, Segment
@@ -38,35 +46,8 @@ class Library:
         self._limits = limits
 
     def resolve(self, documents: Sequence[Document | str], tenant: int) -> list[Document]:
-        """Documents of a request, every one with its text; a plain text is a document.
-
-        Raises InvalidRequestError for too many and for an id that occurs twice, UnknownDocumentError for one that
-        `tenant` cannot see.
-        """
-        limit = self._limits.config.max_documents
-        if isinstance(documents, str) or not isinstance(documents, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidRequestError("documents", "must be a list of documents")
-        if len(documents) > limit:
-            raise InvalidRequestError("documents", f"{len(documents)} are too many: at most {limit} per request")
-        found: list[Document] = []
-        seen: set[str] = set()
-        for n, given in enumerate(documents):
-            document = Document(given) if isinstance(given, str) else given
-            if not isinstance(document, Document):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidRequestError(f"documents[{n}]", "must be a kvlite.Document or a text")
-            if document.id is not None and document.id in seen:
-                raise InvalidRequestError(f"documents[{n}].id", f"{document.id!r} occurs twice")
-            if document.id is not None:
-                seen.add(document.id)
-            found.append(document if document.text is not None else self._stored(document, n, tenant))
-        return found
-
-    def _stored(self, document: Document, n: int, tenant: int) -> Document:
-        assert document.id is not None, "a document has a text or an id"
-        stored = self._store.get(tenant, document.id)
-        if stored is None:
-            raise UnknownDocumentError(f"documents[{n}].id", document.id)
-        return stored.document if document.title is None else replace(stored.document, title=document.title)
+        """Documents of a request, every one with its text. Raises as `documents.resolve`."""
+        return resolve(self._store, documents, tenant, self._limits.config.max_documents)
 
     def prepare(
         self, document: Document, *, tenant: int = 0, pinned: bool = False, ttl_s: float | None = None
