@@ -11,68 +11,37 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState
 from kvlite.engine import ChatPrompt, Engine, Prompt
 from kvlite.errors import CapacityError, EngineClosedError, EngineError, KvliteError
 from kvlite.library import KEEP, check_made
 from kvlite.output import Collector
+from kvlite.readers import Call, RawStream, StreamBuffer, wake
 from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.reuse_types import Document, Reuse
 from kvlite.tokenizer import Message, Tokenizer
 from kvlite.types import Delta, EngineStats, FinishReason, RequestOptions, RequestOutput, SamplingParams
 
-BUFFERED_DELTAS = 32
-"""Deltas that a choice keeps apart for its reader; then they become one."""
 HUNG_STEP_S = 300.0
 """A step that takes longer is reported as unhealthy."""
 IDLE_WAIT_S = 0.05
 
-
-class _Stream:
-    """What one reader has not taken yet. Filled by the engine thread, emptied by the reader's loop."""
-
-    def __init__(self, request: ValidatedRequest, loop: asyncio.AbstractEventLoop) -> None:
-        self.request = request
-        self.loop = loop
-        self.handle: int | None = None
-        self.ready = asyncio.Event()
-        self._lock = threading.Lock()
-        self._deltas: list[list[Delta]] = [[] for _ in range(request.params.n)]
-        self._error: KvliteError | None = None
-
-    def push(self, delta: Delta) -> None:
-        with self._lock:
-            waiting = self._deltas[delta.index]
-            waiting.append(delta)
-            if len(waiting) > BUFFERED_DELTAS:
-                self._deltas[delta.index] = [_merge(waiting)]
-
-    def fail(self, error: KvliteError) -> None:
-        with self._lock:
-            self._error = error
-
-    def take(self) -> list[Delta]:
-        """Everything so far, the request's last delta last. Raises what `fail` was given once that is empty."""
-        with self._lock:
-            self.ready.clear()
-            taken = [delta for waiting in self._deltas for delta in waiting]
-            for waiting in self._deltas:
-                waiting.clear()
-            if not taken and self._error is not None:
-                raise self._error
-            return sorted(taken, key=lambda delta: delta.usage is not None)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Command:
-    """Start a stream's request, or end it."""
+    """Start a stream's request (None: end it)."""
 
-    stream: _Stream
-    start: bool
+    stream: StreamBuffer
+    request: ValidatedRequest | None
 
 
 class AsyncEngine:
@@ -83,9 +52,11 @@ class AsyncEngine:
         self.limits: RequestLimits = engine.limits
         self._engine = engine
         self._changed = threading.Condition()
-        self._commands: deque[_Command] = deque()
+        self._commands: deque[_Command | Call[Engine, Any]] = deque()
+        self._calls: list[Call[Engine, Any]] = []
+        """Those that are not due yet; the engine thread's."""
         self._num_starting = 0
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, StreamBuffer] = {}
         self._draining = False
         self._closing = False
         self._broken: str | None = None
@@ -211,6 +182,74 @@ class AsyncEngine:
                 raise EngineClosedError
             check_made(delta)
 
+    async def call(self, fn: Callable[[Engine], T], *, when: Callable[[Engine], bool] | None = None) -> T:
+        """Runs `fn(engine)` on the engine thread, between two steps, and gives what it returns or raises.
+
+        An idle thread wakes up for it. `when`: `fn` waits until it is true; it is asked on the engine thread before
+        a plan is made and once more between the making of a plan and its computing, so an answer that a commit brings
+        (a frozen request) is seen before the next plan is computed. Both must be quick: every request waits meanwhile.
+        Cancelling the call takes it back if it has not run yet. Raises EngineClosedError or EngineError when the
+        engine ends first. Call it from any event loop.
+        """
+        call = Call(fn, when)
+        with self._changed:
+            if self._closing:
+                raise EngineClosedError() if self._broken is None else EngineError(self._broken)
+            self._commands.append(call)
+            self._changed.notify_all()
+        return await asyncio.wrap_future(call.future)
+
+    async def stream_raw(
+        self, request: ValidatedRequest, outputs: Sequence[NDArray[np.int32] | None] | None = None
+    ) -> RawStream:
+        """Starts a raw request; returns once the engine has taken it, so the stream has a handle.
+
+        `outputs`: it lived elsewhere and continues behind these ids, per choice; None for a choice that has ended. Its
+        first delta has the id at position len(outputs[choice]). Raises CapacityError, InvalidRequestError,
+        EngineClosedError (also while the engine drains).
+        """
+        assert request.raw, "a request with text is for `stream_validated`"
+        self._check_accepting()
+        return await self.adopt(lambda engine: engine.resume(request, outputs), request.params.n)
+
+    async def adopt(self, start: Callable[[Engine], int], num_choices: int) -> RawStream:
+        """The stream of a request that `start(engine)` brings to life on the engine thread; it returns the handle.
+
+        `start` is `engine.migration.import_commit` for a request that moves here, `engine.resume` for a replay. The
+        stream is there before the next step, so no delta is lost. Works while the engine drains: what was granted
+        belongs here. Raises what `start` raises, and as `call`. Cancelling it aborts the request if it has begun.
+        """
+        stream = StreamBuffer(num_choices, asyncio.get_running_loop())
+
+        def begin(engine: Engine) -> None:
+            stream.handle = start(engine)
+            self._streams[stream.handle] = stream
+
+        try:
+            await self.call(begin)
+        except asyncio.CancelledError:
+            self._command(stream, None)
+            raise
+        return RawStream(stream, lambda: self._command(stream, None))
+
+    async def detach(self, handle: int) -> None:
+        """The request lives elsewhere now: commits its export and ends its stream without a last delta.
+
+        What was delivered before can still be read. Raises InvalidRequestError for a request that is not frozen, as
+        `call` otherwise.
+        """
+
+        def leave(engine: Engine) -> None:
+            engine.migration.export_commit(handle)
+            stream = self._streams.pop(handle, None)
+            if stream is not None:
+                stream.detached = True
+                wake([stream])
+            with self._changed:
+                self._changed.notify_all()
+
+        await self.call(leave)
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests, lets the running ones finish; False when some still run after `timeout_s`."""
         self._draining = True
@@ -224,8 +263,8 @@ class AsyncEngine:
         self._thread.join(timeout_s)
 
     async def _stream(self, request: ValidatedRequest) -> AsyncGenerator[Delta]:
-        stream = _Stream(request, asyncio.get_running_loop())
-        self._command(stream, start=True)
+        stream = StreamBuffer(request.params.n, asyncio.get_running_loop())
+        self._command(stream, request)
         done = False
         try:
             while not done:
@@ -238,16 +277,16 @@ class AsyncEngine:
             raise
         finally:
             if not done:
-                self._command(stream, start=False)
+                self._command(stream, None)
 
-    def _command(self, stream: _Stream, start: bool) -> None:
+    def _command(self, stream: StreamBuffer, request: ValidatedRequest | None) -> None:
         with self._changed:
-            if start:
+            if request is not None:
                 self._check_accepting()
                 self._num_starting += 1
             elif self._closing:
                 return
-            self._commands.append(_Command(stream, start))
+            self._commands.append(_Command(stream, request))
             self._changed.notify_all()
 
     def _check_accepting(self) -> None:
@@ -267,6 +306,7 @@ class AsyncEngine:
         try:
             while self._obey():
                 self._deliver(self._engine.make_plan())
+                self._carry_out()
                 self._engine.run_plan()
         except Exception as error:  # whatever broke the engine, its readers must hear of it
             self._broken = f"the engine stopped: {error!r}"
@@ -277,40 +317,54 @@ class AsyncEngine:
         with self._changed:
             while self._engine.is_idle and not self._commands and not self._closing:
                 self._step_since = float("inf")
-                if self._changed.wait(IDLE_WAIT_S if self._engine.num_unfinished else None) is False:
+                waited = self._engine.num_unfinished or self._calls
+                if self._changed.wait(IDLE_WAIT_S if waited else None) is False:
                     break
             self._step_since = time.monotonic()
-            commands = list(self._commands)
-            self._commands.clear()
-        for command in commands:
-            self._start(command.stream) if command.start else self._abort(command.stream)
+        self._carry_out()
         return not self._closing
 
-    def _start(self, stream: _Stream) -> None:
+    def _carry_out(self) -> None:
+        """What was asked of the engine thread, in order; then the calls that waited for a step."""
+        with self._changed:
+            commands = list(self._commands)
+            self._commands.clear()
+        late = self._calls
+        self._calls = [call for call in late if not call.run(self._engine)]
+        for command in commands:
+            if isinstance(command, Call):
+                if not command.run(self._engine):
+                    self._calls.append(command)
+            elif command.request is not None:
+                self._start(command.stream, command.request)
+            else:
+                self._abort(command.stream)
+
+    def _start(self, stream: StreamBuffer, request: ValidatedRequest) -> None:
         try:
-            stream.handle = self._engine.add_validated(stream.request)
+            stream.handle = self._engine.add_validated(request)
             self._streams[stream.handle] = stream
         except KvliteError as error:
             stream.fail(error)
-            _wake([stream])
+            wake([stream])
         with self._changed:
             self._num_starting -= 1
             self._changed.notify_all()
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: StreamBuffer) -> None:
         if stream.handle is not None:
             self._engine.abort(stream.handle)
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         """Hands deltas to their streams; one wake-up per event loop."""
-        woken: dict[int, _Stream] = {}
+        woken: dict[int, StreamBuffer] = {}
         for delta in deltas:
             stream = self._streams[delta.handle]
             stream.push(delta)
             woken[delta.handle] = stream
             if delta.usage is not None:
                 del self._streams[delta.handle]
-        for stream in _wake(list(woken.values())):
+        for stream in wake(list(woken.values())):
             self._abort(stream)
         if woken and not self._streams:
             with self._changed:
@@ -325,44 +379,15 @@ class AsyncEngine:
             self._num_starting = 0
         reason = FinishReason.CANCELLED if self._broken is None else FinishReason.ERROR
         self._deliver(self._engine.close(reason, self._broken))
-        refused = [command.stream for command in commands if command.start]
-        for stream in refused:
-            stream.fail(EngineClosedError() if self._broken is None else EngineError(self._broken))
-        _wake(refused)
+        error = EngineClosedError() if self._broken is None else EngineError(self._broken)
+        refused: list[StreamBuffer] = []
+        for command in [*self._calls, *commands]:
+            if isinstance(command, Call):
+                command.fail(error)
+            elif command.request is not None:
+                command.stream.fail(error)
+                refused.append(command.stream)
+        self._calls.clear()
+        wake(refused)
         with self._changed:
             self._changed.notify_all()
-
-
-def _wake(streams: list[_Stream]) -> list[_Stream]:
-    """Tells the readers that something is there; returns those whose event loop is gone."""
-    gone: list[_Stream] = []
-    for loop in {stream.loop for stream in streams}:
-        mine = [stream for stream in streams if stream.loop is loop]
-        try:
-            loop.call_soon_threadsafe(_set_ready, mine)
-        except RuntimeError:  # the loop is closed
-            gone += mine
-    return gone
-
-
-def _set_ready(streams: list[_Stream]) -> None:
-    for stream in streams:
-        stream.ready.set()
-
-
-def _merge(deltas: list[Delta]) -> Delta:
-    """Consecutive deltas of one choice as one."""
-    first, last = deltas[0], deltas[-1]
-    return Delta(
-        handle=last.handle,
-        index=last.index,
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(id for delta in deltas for id in delta.token_ids),
-        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        error=last.error,
-        usage=last.usage,
-        prompt_logprobs=first.prompt_logprobs,
-        reuse=last.reuse,
-    )

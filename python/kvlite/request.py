@@ -76,6 +76,8 @@ class ValidatedRequest:
     segment: SegmentOrder | None = None
     fallback: str | None = None
     """Why `blending` differs from what `options` ask."""
+    raw: bool = False
+    """Ids and log-probabilities alone come out: the stream's owner makes the text and looks for stop strings."""
 
     @property
     def max_tokens(self) -> int:
@@ -144,6 +146,33 @@ def validate_segment(
         stop_ids=frozenset(),
         eos_ids=frozenset(),
         segment=SegmentOrder(pinned),
+    )
+
+
+def recheck(limits: RequestLimits, request: ValidatedRequest) -> ValidatedRequest:
+    """The same request under another engine's limits, or as it came over a wire. Raises InvalidRequestError.
+
+    `blending`, `fallback` and the ending ids stay what they are: they were decided where the request began.
+    """
+    assert request.segment is None, "a segment is made where it was asked for"
+    reuse, blending = request.reuse, request.blending
+    if blending is not None:
+        asked = replace(reuse, ratio=blending.ratio)
+    else:
+        asked = Reuse.PREFIX if reuse.is_blended else reuse
+    prompt = EncodedPrompt(request.prompt_ids, request.spans, text=request.text)  # pyright: ignore[reportArgumentType]
+    checked = validate(limits, prompt, request.params, replace(request.options, reuse=asked))
+    if blending is not None and checked.blending != blending:
+        raise InvalidRequestError("reuse_options", f"{blending.method.name} at {blending.ratio} is not what is blended")
+    for id in request.stop_ids | request.eos_ids:
+        check_integer("stop_token_ids", id, 0, limits.vocab_size - 1)
+    return replace(
+        checked,
+        options=request.options,
+        stop_ids=request.stop_ids,
+        eos_ids=request.eos_ids,
+        fallback=request.fallback,
+        raw=request.raw,
     )
 
 
