@@ -26,12 +26,12 @@ from kvlite import (
 )
 from kvlite.documents import DocumentInfo, DocumentStore
 from tests.engines import SMALL, engine
+from tests.paced import TIMEOUT_S, Paced
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 NORA = Document("Nora works as a baker. Nora lives in Oslo.", id="nora", title="Who")
 BEN = Document("Ben lives in Rome. Ben owns a boat.", id="ben")
 ASKED = [{"role": "user", "content": "Where does Nora live?"}]
-TIMEOUT_S = 60.0
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -201,8 +201,13 @@ def test_closing_ends_a_verified_request_once() -> None:
         options = RequestOptions(reuse=Reuse.verify())
         long = replace(GREEDY, max_tokens=150, ignore_eos=True)
         stream = served.stream_validated(served.prepare_chat(ASKED, long, options, documents=[NORA]).request)
-        deltas = [await anext(stream)]
-        await asyncio.to_thread(served.close)
+        pace = Paced(served)
+        deltas = [await pace.until(anext(stream))]
+        closing = asyncio.create_task(asyncio.to_thread(served.close))
+        while not served._closing:
+            await asyncio.sleep(0)
+        pace.open()
+        await closing
         deltas += [delta async for delta in stream]
         assert [delta.finish_reason for delta in deltas if delta.usage is not None] == [FinishReason.CANCELLED]
 

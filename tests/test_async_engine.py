@@ -22,10 +22,10 @@ from kvlite import (
     SamplingParams,
 )
 from tests.engines import engine, essence, ids
+from tests.paced import TIMEOUT_S, Paced
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=200)
-TIMEOUT_S = 60.0
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -87,21 +87,22 @@ def test_a_reader_that_leaves_frees_everything_and_others_see_nothing(how: str) 
     async def main() -> None:
         async with serving(max_num_batched_tokens=16) as served:
             expected = await served.generate(ids(20, 1), GREEDY)
+            pace = Paced(served)
             neighbour = asyncio.create_task(served.generate(ids(20, 1), GREEDY))
+            leaving = served.stream(ids(200, 3), replace(LONG, max_tokens=50))
             if how == "close":
-                leaving = served.stream(ids(40, 2), LONG)
-                await anext(leaving)
+                await pace.until(anext(leaving))
                 await leaving.aclose()
             else:
-                task = asyncio.create_task(collect(served.stream(ids(200, 3), replace(LONG, max_tokens=50))))
-                while served._engine.num_unfinished < 2:
-                    await asyncio.sleep(0)
-                if how == "cancel":
-                    while not served._streams or served.stats().generated_tokens < 20:
-                        await asyncio.sleep(0)
+                task = asyncio.create_task(collect(leaving))
+                await pace.step()
+                assert served._engine.num_unfinished == 2
+                while how == "cancel" and served.stats().generated_tokens < 20:
+                    await pace.step()
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
+            pace.open()
             assert essence(await neighbour) == essence(expected)
             await idle(served)
             assert served.stats().finished[FinishReason.CANCELLED] == 1
@@ -142,15 +143,15 @@ def test_bad_requests_and_a_full_queue_are_refused_at_the_call() -> None:
         async with serving(max_num_waiting=1, max_num_seqs=1, max_num_batched_tokens=16) as served:
             with pytest.raises(InvalidRequestError, match="empty"):
                 served.stream([])
-            readers = [served.stream(ids(30, n), LONG) for n in range(2)]
-            tasks = [asyncio.create_task(collect(readers[0]))]
-            while served.stats().num_running < 1:
-                await asyncio.sleep(0)
-            tasks.append(asyncio.create_task(collect(readers[1])))
-            while served._engine.num_waiting < 1:
-                await asyncio.sleep(0)
+            pace = Paced(served)
+            tasks = [asyncio.create_task(collect(served.stream(ids(30), LONG)))]
+            await pace.arrived()
+            tasks.append(asyncio.create_task(collect(served.stream(ids(30, 1), LONG))))
+            await pace.step()
+            assert served._engine.num_waiting == 1
             with pytest.raises(CapacityError, match="max_num_waiting"):
                 served.stream(ids(5))
+            pace.open()
             assert [len(tokens(await task)) for task in tasks] == [200, 200]
 
     run(main())
@@ -159,10 +160,15 @@ def test_bad_requests_and_a_full_queue_are_refused_at_the_call() -> None:
 def test_closing_while_generating_ends_every_stream_as_cancelled() -> None:
     async def main() -> None:
         async with serving() as served:
+            pace = Paced(served)
             readers = [served.stream(ids(10, n), LONG) for n in range(3)]
-            first = [await anext(reader) for reader in readers]
+            first = [await pace.until(anext(reader)) for reader in readers]
             unread = served.stream(ids(5), LONG)
-            await asyncio.to_thread(served.close)
+            closing = asyncio.create_task(asyncio.to_thread(served.close))
+            while not served._closing:
+                await asyncio.sleep(0)
+            pace.open()
+            await closing
             for reader, delta in zip(readers, first, strict=True):
                 rest = await collect(reader)
                 assert rest[-1].finish_reason is FinishReason.CANCELLED and rest[-1].usage is not None
@@ -190,12 +196,14 @@ def test_after_close_every_call_says_so_and_closing_twice_is_fine() -> None:
 def test_draining_refuses_new_requests_and_lets_running_ones_finish() -> None:
     async def main() -> None:
         async with serving() as served:
+            pace = Paced(served)
             running = served.stream(ids(10), LONG)
-            first = await anext(running)
+            first = await pace.until(anext(running))
             assert not await served.drain(0.0)
             assert served.draining and served.healthy
             with pytest.raises(EngineClosedError):
                 served.stream(ids(5))
+            pace.open()
             assert await served.drain(TIMEOUT_S)
             assert len(tokens([first, *await collect(running)])) == 200
 
@@ -205,13 +213,15 @@ def test_draining_refuses_new_requests_and_lets_running_ones_finish() -> None:
 def test_an_engine_that_breaks_ends_every_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving() as served:
+            pace = Paced(served)
             reader = served.stream(ids(10), LONG)
-            await anext(reader)
+            await pace.until(anext(reader))
 
             def broken() -> list[Delta]:
                 raise EngineError("the core is broken: on purpose")
 
             monkeypatch.setattr(served._engine, "make_plan", broken)
+            pace.open()
             rest = await collect(reader)
             assert rest[-1].finish_reason is FinishReason.ERROR and "on purpose" in (rest[-1].error or "")
             await asyncio.to_thread(served._thread.join)
