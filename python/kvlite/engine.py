@@ -6,31 +6,30 @@ streams, documents computed ahead. One thread at a time; the server reaches it t
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, overload
+from weakref import WeakValueDictionary
 
 from kvlite.config import EngineConfig
 from kvlite.documents import DocumentState, StoredDocument
+from kvlite.engine_stream import EngineStream, Home
 from kvlite.errors import CapacityError, EngineError, InvalidRequestError
+from kvlite.interrupts import uninterrupted
 from kvlite.library import Library, check_made
 from kvlite.loop import Loop
+from kvlite.migration import How, MigrationReport, hand_over
 from kvlite.output import Collector
 from kvlite.progress import Bar
+from kvlite.prompts import Part, Prompt, is_parts, is_single
 from kvlite.request import ValidatedRequest, validate
 from kvlite.reuse_types import Document, EncodedPrompt, PrecomputeReport, Reuse, Segment
 from kvlite.startup import build
 from kvlite.tokenizer import Message
 from kvlite.types import Delta, FinishReason, RequestOptions, RequestOutput, SamplingParams
-
-Part = str | Sequence[int] | Segment
-Prompt = str | Sequence[int] | Sequence[Part] | EncodedPrompt
-"""Text, ids, or parts of which at least one is a Segment."""
 
 IDLE_STEPS_LIMIT = 1000
 """Steps in a row without a plan, while requests live, after which the engine gives up."""
@@ -64,6 +63,9 @@ class Engine(Loop):
         self.library = Library(self._core, self.documents, self.tokenizer, self.limits)
         self._boxes: dict[int, deque[Delta]] = {}
         """Where deltas of requests go that `stream` or `generate` reads; the others come out of `step`."""
+        self._streams: WeakValueDictionary[int, EngineStream] = WeakValueDictionary()
+        """Who reads a box of its own; one that is dropped must end."""
+        self._home = Home(self._open, self._advance, self._forget)
         self._unread: list[Delta] = []
         """Came out for nobody in particular; the next `step` returns them."""
         self._unwanted: set[int] = set()
@@ -87,7 +89,7 @@ class Engine(Loop):
             options = replace(options or RequestOptions(), reuse=reuse)
         if isinstance(prompt, str):
             return validate(self.limits, self.tokenizer.encode(prompt), params, options, text=prompt)
-        if _is_parts(prompt):
+        if is_parts(prompt):
             prompt = self.tokenizer.encode_parts(cast("Sequence[Part]", prompt))
         return validate(self.limits, cast("Sequence[int] | EncodedPrompt", prompt), params, options)
 
@@ -148,7 +150,7 @@ class Engine(Loop):
         self._watch_for_stall()
 
     def _collect(self) -> None:
-        with _uninterrupted():
+        with uninterrupted():
             for delta in self.make_plan():
                 self._sort(delta)
 
@@ -203,7 +205,7 @@ class Engine(Loop):
         `options` and `reuse` hold for all. All are checked before any starts; a list of any length is fed as the queue
         has room. Raises InvalidRequestError; what goes wrong later is the finish reason of its choice.
         """
-        if _is_single(prompts):
+        if is_single(prompts):
             assert params is None or isinstance(params, SamplingParams), "one prompt has one SamplingParams"
             return self._run_all([self.validate(cast("Prompt", prompts), params, options, reuse=reuse)], progress)[0]
         each = cast("Sequence[Prompt]", prompts)
@@ -279,31 +281,55 @@ class Engine(Loop):
         options: RequestOptions | None = None,
         *,
         reuse: Reuse | None = None,
-    ) -> Iterator[Delta]:
+    ) -> EngineStream:
         """Deltas as they come; the last one has `usage`. The request is checked now and starts at the first `next`.
 
         Closing the iterator early aborts the request. Several may be open at once; each steps the engine for all.
         """
         return self.stream_validated(self.validate(prompt, params, options, reuse=reuse))
 
-    def stream_validated(self, request: ValidatedRequest) -> Iterator[Delta]:
+    def stream_validated(self, request: ValidatedRequest) -> EngineStream:
         """`stream` for a request that has passed `validate` or `prepare_chat`."""
-        return self._stream(request)
+        return EngineStream(self._home, request)
 
-    def _stream(self, request: ValidatedRequest) -> Iterator[Delta]:
-        box: deque[Delta] = deque()
+    def migrate(self, request: int | EngineStream, to: Engine, *, how: How = "auto") -> MigrationReport:
+        """Moves a running, waiting or preempted request to another engine of this process, where it goes on.
+
+        `request`: a stream, which goes on too and steps `to` from now on; or the handle of one that `add` gave, whose
+        deltas come out of `to.step()` under `report.handle`. `how`: copy its KV, replay its tokens, auto = copy. In
+        deterministic mode its tokens are those of a request that never moved. Steps this engine once. Raises
+        InvalidRequestError (request, to), CapacityError when `to` has no room; the request goes on here then.
+        """
+        self._check_open()
+        to._check_open()
+        handle = self._movable(request)
+        if to is self:
+            raise InvalidRequestError("to", "is the engine that the request is on: give another")
+        if self._runner.pool.shape != to._runner.pool.shape:
+            raise InvalidRequestError("to", f"has KV of another shape: {to._runner.pool.shape}")
+        with uninterrupted():
+            report = hand_over(self, to, handle, how, self._advance)
+            stream, box = self._streams.pop(handle, None), self._boxes.pop(handle, None)
+            if stream is not None and box is not None:
+                to._streams[report.handle], to._boxes[report.handle] = stream, box
+                stream.home, stream.handle = to._home, report.handle
+        return report
+
+    def _movable(self, request: int | EngineStream) -> int:
+        if isinstance(request, EngineStream):
+            if request.handle is None or request.home is not self._home:
+                state = "has not started" if request.handle is None else "is not on this engine"
+                raise InvalidRequestError("request", f"the stream {state}")
+            return request.handle
+        if request in self._boxes and request not in self._streams:
+            raise InvalidRequestError("request", f"{request} is read by a call of this engine that has not returned")
+        return request
+
+    def _open(self, stream: EngineStream, request: ValidatedRequest) -> int:
         handle = self.add_validated(request)
-        self._boxes[handle] = box
-        try:
-            while True:
-                while box:
-                    delta = box.popleft()
-                    yield delta
-                    if delta.usage is not None:
-                        return
-                self._advance()
-        finally:
-            self._forget(handle)
+        self._boxes[handle] = stream.box
+        self._streams[handle] = stream
+        return handle
 
     def _run_all(self, requests: list[ValidatedRequest], progress: bool | None) -> list[RequestOutput]:
         collectors = [Collector(request) for request in requests]
@@ -345,42 +371,12 @@ class Engine(Loop):
     def _forget(self, handle: int) -> None:
         """Nobody reads this request any more: it is aborted if it lives."""
         self._boxes.pop(handle, None)
+        self._streams.pop(handle, None)
         if self.abort(handle):
             self._unwanted.add(handle)
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED, error: str | None = None) -> list[Delta]:
         """Ends everything and returns the last deltas; later calls raise EngineClosedError. Twice is fine."""
         self._boxes.clear()
+        self._streams.clear()
         return super().close(reason, error)
-
-
-def _is_parts(prompt: object) -> bool:
-    """Whether a list is one prompt of parts: one of them is a Segment."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
-        return False
-    parts = cast("Sequence[object]", prompt)
-    return not isinstance(parts[0], int) and any(isinstance(part, Segment) for part in parts)
-
-
-def _is_single(prompts: Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]) -> bool:
-    if isinstance(prompts, EncodedPrompt) or _is_parts(prompts):
-        return True
-    is_list = not isinstance(prompts, str) and isinstance(prompts, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
-    return not is_list or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | EncodedPrompt))
-
-
-@contextmanager
-def _uninterrupted() -> Generator[None]:
-    """Holds Ctrl-C back until the block is done: an event that was read half would be lost to its request."""
-    on_main = threading.current_thread() is threading.main_thread()
-    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt

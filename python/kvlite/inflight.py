@@ -7,7 +7,7 @@ nor clock nor core; stop strings that it finds are handed back for the core to h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -37,13 +37,24 @@ NO_ROOM = "there is no room for it beside what is pinned"
 """Why a segment could not be made, when no step failed."""
 
 
-class _Request:
+class Tracked:
     """One request and its choices."""
 
-    def __init__(self, handle: int, request: ValidatedRequest, seed: int, tokenizer: Tokenizer, captured: bool) -> None:
+    def __init__(
+        self,
+        handle: int,
+        request: ValidatedRequest,
+        seed: int,
+        tokenizer: Tokenizer,
+        *,
+        deadline_ms: int,
+        captured: bool = False,
+    ) -> None:
         self.handle = handle
         self.request = request
         self.seed = seed
+        self.deadline_ms = deadline_ms
+        """On the clock of the core's steps."""
         self.choices = [ChoiceOutput(request, n, tokenizer) for n in range(request.params.n)]
         self.captured = captured
         self.reuse: ReuseReport | None = None
@@ -57,13 +68,25 @@ class _Request:
     def ended(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
 
+    @property
+    def outputs(self) -> list[list[int] | None]:
+        """Ids of each choice so far; None for one that has ended."""
+        return [None if choice.finish_reason is not None else choice.token_ids for choice in self.choices]
+
+    def resume(self, outputs: Sequence[Sequence[int] | None]) -> None:
+        """Continues behind what a raw request produced elsewhere; choices that ended there are empty in its usage."""
+        for choice, ids in zip(self.choices, outputs, strict=True):
+            choice.resume(ids)
+        if self.choices[0].token_ids or self.choices[0].finish_reason is not None:
+            self.prompt_logprobs = None
+
     def usage(self) -> Usage:
         completion = sum(len(choice.token_ids) for choice in self.choices)
         cached = 0 if self.reuse is None else self.reuse.cached_tokens
         return Usage(len(self.request.prompt_ids), completion, cached)
 
 
-_Held: TypeAlias = tuple[_Request, ChoiceOutput]
+_Held: TypeAlias = tuple[Tracked, ChoiceOutput]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +112,7 @@ class InFlight:
         self._report_of = report_of
         self.first_logits: dict[int, torch.Tensor] = {}
         """By handle: what the first token of choice 0 was chosen from, [V] fp32. Whoever asked for it takes it out."""
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Tracked] = {}
         self._rows: dict[int, _Held] = {}
         """By seq_row."""
         self._logprobs: dict[int, RawLogprobs] = {}
@@ -103,9 +126,32 @@ class InFlight:
     def __contains__(self, handle: int) -> bool:
         return handle in self._requests
 
-    def add(self, handle: int, request: ValidatedRequest, seed: int, *, captured: bool = False) -> None:
+    def get(self, handle: int) -> Tracked | None:
+        """The request of that handle; None when it has ended, or was never here."""
+        return self._requests.get(handle)
+
+    def add(
+        self, handle: int, request: ValidatedRequest, seed: int, *, deadline_ms: int, captured: bool = False
+    ) -> Tracked:
         """Starts to follow a request; `captured`: its first logits are wanted."""
-        self._requests[handle] = _Request(handle, request, seed, self._tokenizer, captured)
+        tracked = Tracked(handle, request, seed, self._tokenizer, deadline_ms=deadline_ms, captured=captured)
+        self._requests[handle] = tracked
+        return tracked
+
+    def release(self, handle: int) -> Tracked:
+        """Lets go of a request that lives elsewhere from now on; no plan names it. Nothing of it comes out any more."""
+        tracked = self._requests.pop(handle)
+        for row in [row for row, held in self._rows.items() if held[0] is tracked]:
+            del self._rows[row]
+            self._captured.discard(row)
+        self.first_logits.pop(handle, None)
+        return tracked
+
+    def adopt(self, handle: int, tracked: Tracked) -> None:
+        """Goes on with what another InFlight released: its choices continue where they are."""
+        tracked.handle = handle
+        tracked.captured = False
+        self._requests[handle] = tracked
 
     def computed(self, plan: Plan, result: RunResult) -> None:
         """Takes what the runner gave beside ids; before the core commits `plan`."""
@@ -171,7 +217,7 @@ class InFlight:
         if request is None or request.request.segment is not None:
             return
         choice = request.choices[key[1]]
-        if cause is Cause.NEW:
+        if cause is Cause.NEW or request.reuse is None:
             request.reuse = self._report_of(request.handle, request.request, cached_len)
         if request.captured and choice.index == 0 and not choice.token_ids:
             self._captured.add(seq_row)
@@ -201,7 +247,7 @@ class InFlight:
             deltas.append(delta)
         return deltas
 
-    def _cause(self, request: _Request) -> str:
+    def _cause(self, request: Tracked) -> str:
         if self._fault is not None:
             return f"a step failed: {self._fault!r}"
         if request.request.segment is not None:

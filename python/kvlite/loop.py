@@ -8,17 +8,21 @@ AsyncEngine turns it on a thread of its own.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvlite import _core
 from kvlite.agreement import AgreementMonitor
 from kvlite.config import EngineConfig
 from kvlite.documents import DocumentStore
 from kvlite.errors import CapacityError, EngineClosedError, EngineError, InvalidRequestError
-from kvlite.inflight import REASONS, InFlight
+from kvlite.inflight import REASONS, InFlight, Tracked
+from kvlite.migration import Migration
 from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.reuse_types import ReuseMode, ReuseReport, SegmentHit, SegmentReport
 from kvlite.runner.plan import Plan
@@ -50,6 +54,8 @@ class Loop:
         self._inflight = InFlight(parts.tokenizer, parts.runner.sampler, parts.runner.captured, self._report_of)
         self._monitor = AgreementMonitor(config.min_agreement, config.agreement_sample_ratio)
         self._twins = Twins(self._start, self._abort, self._inflight.first_logits, self._monitor)
+        self.migration = Migration(parts.core, parts.runner, self._inflight, self._twins, parts.limits, parts.tokenizer)
+        """How requests leave for other engines and arrive from them."""
         self._num_waiting = 0
         self._num_added = 0
         self._failed = False
@@ -70,48 +76,86 @@ class Loop:
         self._check_open()
         return self._twins.add(request)
 
+    def resume(self, request: ValidatedRequest, outputs: Sequence[NDArray[np.int32] | None] | None = None) -> int:
+        """Queues a raw request that goes on behind `outputs`, ids per choice, None for one that has ended.
+
+        Without `outputs`: as `add_validated`. Its seed is `params.seed`. Raises InvalidRequestError or CapacityError.
+        """
+        self._check_open()
+        if outputs is None:
+            return self._twins.add(request)
+        assert request.raw and request.params.seed is not None, "text and seed begin where the request did"
+        if request.reuse.mode is ReuseMode.VERIFY:
+            request = replace(request, blending=None, fallback="not verified: it was replayed on another engine")
+        deadline_ms = _deadline_ms(request)
+        begun = outputs[0] is None or len(outputs[0]) > 0
+        handle = self._add(request, Start(), deadline_ms, outputs, prompt_logprobs=not begun)
+        self._num_added += 1
+        tracked = self._inflight.add(handle, request, request.params.seed, deadline_ms=deadline_ms)
+        tracked.resume([None if ids is None else ids.tolist() for ids in outputs])
+        return handle
+
+    def restart(self, tracked: Tracked) -> int:
+        """Queues what another engine in this process computed so far, without its KV. Raises CapacityError."""
+        self._check_open()
+        outputs = [None if ids is None else np.asarray(ids, np.int32) for ids in tracked.outputs]
+        wanted = tracked.prompt_logprobs is not None
+        handle = self._add(tracked.request, Start(), tracked.deadline_ms, outputs, prompt_logprobs=wanted)
+        self._inflight.adopt(handle, tracked)
+        return handle
+
     def _start(self, request: ValidatedRequest, how: Start) -> int:
         """One request as the core knows it."""
-        now_ms = _now_ms()
-        deadline_ms = now_ms + int(request.timeout_s * 1000)
-        tenant = request.options.tenant
+        deadline_ms = _deadline_ms(request)
+        handle = self._add(request, how, deadline_ms)
+        seed = how.seed
+        if seed is None:
+            given = request.params.seed
+            seed = given if given is not None else choice_seed(self.config.seed, self._num_added + 1)
+        self._num_added += 1
+        self._inflight.add(handle, request, seed, deadline_ms=deadline_ms, captured=how.captured)
+        return handle
+
+    def _add(
+        self,
+        request: ValidatedRequest,
+        how: Start,
+        deadline_ms: int,
+        outputs: Sequence[NDArray[np.int32] | None] | None = None,
+        *,
+        prompt_logprobs: bool = True,
+    ) -> int:
+        tenant, now_ms = request.options.tenant, _now_ms()
         try:
             if request.segment is not None:
-                handle = self._core.add_segment(
+                return self._core.add_segment(
                     request.prompt_ids,
                     tenant=tenant,
                     pinned=request.segment.pinned,
                     deadline_ms=deadline_ms,
                     now_ms=now_ms,
                 )
-            else:
-                params = request.params
-                handle = self._core.add(
-                    request.prompt_ids,
-                    n=params.n,
-                    max_tokens=request.max_tokens,
-                    min_tokens=params.min_tokens,
-                    stop_token_ids=sorted(request.stop_ids),
-                    priority=request.options.priority,
-                    deadline_ms=deadline_ms,
-                    tenant=tenant,
-                    use_cache=how.use_cache and request.reuse.mode is not ReuseMode.OFF,
-                    prompt_logprobs=params.prompt_logprobs is not None,
-                    now_ms=now_ms,
-                    blend=self._blend_of(request),
-                )
+            params = request.params
+            return self._core.add(
+                request.prompt_ids,
+                n=params.n,
+                max_tokens=request.max_tokens,
+                min_tokens=params.min_tokens,
+                stop_token_ids=sorted(request.stop_ids),
+                priority=request.options.priority,
+                deadline_ms=deadline_ms,
+                tenant=tenant,
+                use_cache=how.use_cache and request.reuse.mode is not ReuseMode.OFF,
+                prompt_logprobs=prompt_logprobs and params.prompt_logprobs is not None,
+                now_ms=now_ms,
+                blend=self._blend_of(request),
+                **({} if outputs is None else {"outputs": list(outputs)}),
+            )
         except _core.InvalidArgument as error:
             param = getattr(error, "param", "request")
             raise InvalidRequestError("document.text" if param == "ids" else param, str(error)) from None
         except _core.CapacityError as error:
             raise CapacityError(str(error)) from None
-        seed = how.seed
-        if seed is None:
-            given = request.params.seed
-            seed = given if given is not None else choice_seed(self.config.seed, self._num_added + 1)
-        self._num_added += 1
-        self._inflight.add(handle, request, seed, captured=how.captured)
-        return handle
 
     def _blend_of(self, request: ValidatedRequest) -> Any:
         """The core's words for what is reused; None for a request without segments to reuse."""
@@ -129,6 +173,7 @@ class Loop:
         reuse, blending, length = request.reuse, request.blending, len(request.prompt_ids)
         found = None if blending is None else self._core.reuse_report(handle)
         if found is None:
+            cached_len = min(cached_len, length)
             hits = [span.start + span.length <= cached_len for span in request.spans]
             outcomes = [SegmentHit.PREFIX if hit else SegmentHit.COMPUTED for hit in hits]
             counts = (cached_len, 0, 0, length - cached_len)
@@ -152,6 +197,21 @@ class Loop:
     def abort(self, handle: int) -> bool:
         """Ends a request with reason cancelled at the next step; False when it has ended already."""
         return not self._closed and (self._abort(handle) or self._twins.abort(handle))
+
+    def finish(self, handle: int, choice: int, kept_len: int) -> bool:
+        """Ends one choice of a raw request with reason stop: its owner found a stop string and keeps `kept_len` ids.
+
+        False when the choice has ended already. Raises InvalidRequestError for a choice that the request has not.
+        """
+        tracked = self._inflight.get(handle)
+        if self._closed or tracked is None:
+            return False
+        if not 0 <= choice < len(tracked.choices):
+            raise InvalidRequestError(
+                "choice", f"{choice} is out of range: request {handle} has {len(tracked.choices)}"
+            )
+        tracked.choices[choice].cut(kept_len)
+        return self._core.finish(handle, choice, kept_len, REASONS.index(FinishReason.STOP))
 
     def _abort(self, handle: int) -> bool:
         return handle in self._inflight and self._core.abort(handle)
@@ -256,3 +316,7 @@ class Loop:
 
 def _now_ms() -> int:
     return time.monotonic_ns() // 1_000_000
+
+
+def _deadline_ms(request: ValidatedRequest) -> int:
+    return _now_ms() + int(request.timeout_s * 1000)

@@ -6,6 +6,8 @@ part of one is ever shown. Knows neither core nor device. Called by engine.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvlite.request import ValidatedRequest
 from kvlite.reuse_types import ReuseReport
 from kvlite.runner.sampler import RawLogprobs
@@ -66,11 +68,27 @@ class ChoiceOutput:
         self._num_shown = 0
         self._logprobs: list[TokenLogprobs] = []
 
+    def resume(self, outputs: Sequence[int] | None) -> None:
+        """Of a raw request that lived elsewhere: continues behind `outputs`; None for a choice that has ended."""
+        assert self._request.raw and not self.token_ids, "text begins where the request did"
+        if outputs is None:
+            self.finish_reason = FinishReason.STOP
+            return
+        self.token_ids = list(outputs)
+        self._num_shown = len(self.token_ids)
+
+    def cut(self, kept_len: int) -> None:
+        """Forgets the ids behind the first `kept_len`: the stream's owner ended the choice there."""
+        del self.token_ids[kept_len:]
+        self._num_shown = min(self._num_shown, kept_len)
+
     def push(self, token: int, raw: RawLogprobs | None) -> bool:
         """Takes the next id; True when its text completes a stop string, which ends the choice here."""
         self.token_ids.append(token)
         if raw is not None:
-            self._logprobs.append(readable(raw, self._tokenizer))
+            self._logprobs.append(readable(raw, None if self._request.raw else self._tokenizer))
+        if self._request.raw:
+            return False
         params = self._request.params
         if token in self._request.stop_ids:
             self.stop_reason = None if token in self._request.eos_ids else token
@@ -91,7 +109,7 @@ class ChoiceOutput:
     def finish(self, reason: FinishReason) -> None:
         """Ends the choice; held text comes out unless a stop string ended it."""
         self.finish_reason = reason
-        if not isinstance(self.stop_reason, str):
+        if not self._request.raw and not isinstance(self.stop_reason, str):
             self._text.append(self._stops.flush() + self._detokenizer.flush())
 
     def delta(self, handle: int) -> Delta:
@@ -151,8 +169,19 @@ def _completion(parts: list[Delta]) -> CompletionOutput:
     )
 
 
-def readable(raw: RawLogprobs, tokenizer: Tokenizer) -> TokenLogprobs:
-    """Log-probabilities with the text of their tokens."""
+def readable(raw: RawLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
+    """Log-probabilities with the text of their tokens; None: without."""
+
+    def text(id: int) -> str:
+        return "" if tokenizer is None else tokenizer.token_text(id)
+
     pairs = zip(raw.top_ids, raw.top_logprobs, strict=True)
-    top = tuple(Logprob(id, tokenizer.token_text(id), value, rank) for rank, (id, value) in enumerate(pairs, 1))
-    return TokenLogprobs(Logprob(raw.token_id, tokenizer.token_text(raw.token_id), raw.logprob, raw.rank), top)
+    top = tuple(Logprob(id, text(id), value, rank) for rank, (id, value) in enumerate(pairs, 1))
+    return TokenLogprobs(Logprob(raw.token_id, text(raw.token_id), raw.logprob, raw.rank), top)
+
+
+def unreadable(logprobs: TokenLogprobs) -> RawLogprobs:
+    """What `readable` made them from."""
+    chosen, top = logprobs.chosen, logprobs.top
+    ids, values = tuple(each.token_id for each in top), tuple(each.logprob for each in top)
+    return RawLogprobs(chosen.token_id, chosen.logprob, chosen.rank, ids, values)

@@ -116,6 +116,15 @@ class Twins:
         pair = self._verified.get(handle)
         return pair is not None and pair.held is not None and pair.hidden is not None and self._abort(pair.hidden)
 
+    def holds(self, handle: int) -> bool:
+        """Whether the request is one of a verified pair, or a twin: neither can leave without the other."""
+        return handle in self._verified or handle in self._hidden
+
+    def leave(self, handle: int) -> None:
+        """A visible request goes to another engine: it is no sample here any more."""
+        self._sampled.pop(handle, None)
+        self._logits.pop(handle, None)
+
     def sift(self, deltas: list[Delta]) -> list[Delta]:
         """What of `deltas` the outside sees, in order."""
         shown: list[Delta] = []

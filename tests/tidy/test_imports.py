@@ -53,8 +53,14 @@ ALLOWED: dict[str, set[str]] = {
     "output": REQUEST | {"runner"},
     "startup": COMPUTE | REQUEST | {"models", "runner"},
     "inflight": REQUEST | {"output", "runner"},
-    "loop": COMPUTE | REQUEST | {"agreement", "documents", "inflight", "runner", "startup", "twins"},
-    "engine": COMPUTE | REQUEST | {"documents", "library", "loop", "output", "startup"},
+    "interrupts": set(),
+    "engine_stream": {"request", "types"},
+    "prompts": {"reuse_types"},
+    "migration": COMPUTE | REQUEST | {"inflight", "interrupts", "runner", "twins"},
+    "loop": COMPUTE | REQUEST | {"agreement", "documents", "inflight", "migration", "runner", "startup", "twins"},
+    "engine": COMPUTE
+    | REQUEST
+    | {"documents", "engine_stream", "interrupts", "library", "loop", "migration", "output", "prompts", "startup"},
     "readers": {"errors", "types"},
     "async_engine": ENGINE | {"documents", "output", "readers"},
     "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "runner", "startup"},
