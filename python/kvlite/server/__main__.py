@@ -1,4 +1,4 @@
-"""Starts and stops the server: bind, load, say what fits, serve, drain.
+"""Starts and stops the server, of one engine or of a fleet: bind, load, say what fits, serve, drain.
 
 Owns the start-up table, the refusal to listen beyond loopback without a key, and what signals mean: the first one stops
 accepting and lets running requests finish for drain_s, the second one aborts them. Called by cli.py.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import math
 import socket
 import sys
@@ -19,16 +20,20 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from starlette.types import ASGIApp
 
 from kvlite.async_engine import AsyncEngine
 from kvlite.config import EngineConfig
 from kvlite.engine import Engine
 from kvlite.errors import ConfigError
+from kvlite.fleet.frontend import FleetEngine
+from kvlite.fleet.launcher import FleetSettings, Launcher, divided, load_text_side
 from kvlite.reuse_types import Document
 from kvlite.server.app import create_app
 from kvlite.server.connection import Connection
 from kvlite.server.gate import Keys
 from kvlite.server.public import publish, read_public_documents
+from kvlite.server.serving import ServingEngine
 
 KEEP_ALIVE_S = 15
 HEADER_BYTES = 16 * 1024
@@ -78,7 +83,7 @@ def url_of(listener: socket.socket) -> str:
 class DrainingServer(uvicorn.Server):
     """uvicorn with our signals: exit status 0 after a drain instead of dying of the signal again."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: ServingEngine, drain_s: float) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_s = drain_s
@@ -113,29 +118,89 @@ def serve(config: EngineConfig) -> int:
     with bind(config.host, config.port) as listener, Engine(config) as engine:
         engine.tokenizer.compile_templates()
         Console(stderr=True).print(startup_table(engine, url_of(listener)))
-        return asyncio.run(_run(engine, config, listener, public))
+        return asyncio.run(_serve(engine, config, listener, public))
+
+
+async def _serve(engine: Engine, config: EngineConfig, listener: socket.socket, public: Sequence[Document]) -> int:
+    asynchronous = AsyncEngine(engine)
+    app = create_app(asynchronous, config, model_name(config, Path(engine.startup.model)))
+    return await _run(asynchronous, app, config, listener, public)
+
+
+def serve_fleet(config: EngineConfig, settings: FleetSettings) -> int:
+    """Start `settings.engines` processes of one engine each, and serve them as one until a signal.
+
+    Returns and raises as `serve`.
+    """
+    check_address(config)
+    public = read_public_documents(config)
+    _log_to_stderr()
+    with bind(config.host, config.port) as listener:
+        directory, tokenizer, defaults = load_text_side(config)
+        divided(config, settings.engines)
+
+        async def run() -> int:
+            fleet = FleetEngine(config, tokenizer, defaults, settings.engines)
+            launcher = Launcher(fleet, settings)
+            try:
+                await launcher.start()
+                Console(stderr=True).print(fleet_table(fleet, str(directory), config, url_of(listener)))
+                app = create_app(fleet, config, model_name(config, directory), fleet=fleet)
+                return await _run(fleet, app, config, listener, public)
+            finally:
+                await fleet.shut()
+                await launcher.stop()
+
+        return asyncio.run(run())
 
 
 def startup_table(engine: Engine, url: str) -> Table:
     """What was loaded, what fits, how long it took, where it answers."""
+    name = model_name(engine.config, Path(engine.startup.model))
+    return _table((*engine.startup.rows(), ("API name", name), ("URL", url)))
+
+
+def fleet_table(fleet: FleetEngine, directory: str, config: EngineConfig, url: str) -> Table:
+    """The same of a fleet, a row for each engine."""
+    rows = [("model", directory)]
+    for member in fleet.members.values():
+        hello = member.hello
+        numbers = f"{hello.device}, {hello.dtype}{', deterministic' if hello.deterministic else ''}"
+        speed = f"{hello.prefill_tokens_per_s:.0f} tokens/s of prompt, {hello.step_s * 1e3:.1f} ms a step"
+        kv = f"{hello.num_blocks} blocks of {hello.block_size} tokens"
+        rows.append((f"engine {hello.engine}", f"process {hello.pid}, {numbers}, {kv}, {speed}"))
+    return _table((*rows, ("API name", model_name(config, Path(directory))), ("URL", url)))
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None)
-    for name, value in (*engine.startup.rows(), ("API name", model_name(engine)), ("URL", url)):
+    for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
 
 
-def model_name(engine: Engine) -> str:
+def model_name(config: EngineConfig, directory: Path) -> str:
     """Name of the model in the API: as configured, else of its directory; the shipped model has one of its own."""
-    config = engine.config
     if config.served_model_name is not None:
         return config.served_model_name
-    return SHIPPED_MODEL_NAME if config.model is None else Path(engine.startup.model).resolve().name
+    return SHIPPED_MODEL_NAME if config.model is None else directory.resolve().name
 
 
-async def _run(engine: Engine, config: EngineConfig, listener: socket.socket, public: Sequence[Document]) -> int:
-    asynchronous = AsyncEngine(engine)
+def _log_to_stderr() -> None:
+    """What happens to engines and requests of a fleet, a line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("kvlite.fleet")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+async def _run(
+    engine: ServingEngine, app: ASGIApp, config: EngineConfig, listener: socket.socket, public: Sequence[Document]
+) -> int:
     settings = uvicorn.Config(
-        create_app(asynchronous, config, model_name(engine)),
+        app,
         http=Connection,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -148,12 +213,12 @@ async def _run(engine: Engine, config: EngineConfig, listener: socket.socket, pu
         access_log=False,
         server_header=False,
     )
-    server = DrainingServer(settings, asynchronous, config.drain_s)
+    server = DrainingServer(settings, engine, config.drain_s)
     try:
-        await publish(asynchronous, public)
+        await publish(engine, public)
         await server.serve(sockets=[listener])
     finally:
-        await asyncio.to_thread(asynchronous.close)
+        await asyncio.to_thread(engine.close)
     return EXIT_ABORTED if server.force_exit else 0
 
 

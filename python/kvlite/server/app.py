@@ -1,7 +1,7 @@
 """The routes of text: bytes in, checked call, engine, answer out.
 
 Owns `create_app` and the walk of one request; parsing and tokenising run in a worker thread, never on the event loop.
-Knows the engine as AsyncEngine and no deeper. A client that goes away aborts its request in every phase. Called by
+Knows the engine as `ServingEngine` and no deeper. A client that goes away aborts its request in every phase. Called by
 __main__.py and by tests.
 """
 
@@ -25,24 +25,26 @@ from kvlite.errors import InvalidRequestError, KvliteError
 from kvlite.request import validate
 from kvlite.server.documents import DocumentRoutes
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
+from kvlite.server.fleet import FleetMeter, FleetRoutes
 from kvlite.server.gate import Caller, ClientGone, Gate, Keys, read_body, unless_gone
 from kvlite.server.metrics import Meter
 from kvlite.server.protocol import Limits, Options, UnknownModelError, parse_chat, parse_completion
 from kvlite.server.replies import EventStream, json_response, refusals
+from kvlite.server.serving import ServingEngine
 from kvlite.server.stream import event_stream, whole_answer
 from kvlite.server.wire import Call, ChatWire, Prompt, TextWire, Wire
 from kvlite.types import Delta
 
 if TYPE_CHECKING:
-    from kvlite.async_engine import AsyncEngine
+    from kvlite.fleet.frontend import FleetEngine
 
 CLIENT_GONE_STATUS = 499
 """nginx's number for an answer that nobody waits for; seen in the access log only."""
 
 
-def create_app(engine: AsyncEngine, config: EngineConfig, model: str) -> ASGIApp:
-    """The application of one engine. `model` is its name in the API."""
-    routes = _Routes(engine, config, model)
+def create_app(engine: ServingEngine, config: EngineConfig, model: str, *, fleet: FleetEngine | None = None) -> ASGIApp:
+    """The application of one engine, or of a `fleet`, which is the engine then. `model` is its name in the API."""
+    routes = _Routes(engine, config, model, fleet)
     app = FastAPI(title="kvlite", version=version(), docs_url=None, redoc_url=None)
     answers = (400, 401, 404, 408, 413, 429, 500, 503, 504)
     for path, handler, method, statuses in (
@@ -57,6 +59,8 @@ def create_app(engine: AsyncEngine, config: EngineConfig, model: str) -> ASGIApp
     ):
         app.add_api_route(path, handler, methods=[method], responses=refusals(*statuses))
     DocumentRoutes(engine, config).attach(app)
+    if fleet is not None:
+        FleetRoutes(fleet, config).attach(app)
     for kind in (KvliteError, HTTPException, RequestValidationError, ClientGone, Exception):
         app.add_exception_handler(kind, _refuse)
     return Gate(app, Keys(config.api_key, config.admin_key))
@@ -84,11 +88,14 @@ async def _refuse(request: Request, error: Exception) -> Response:
 class _Routes:
     """The handlers of one engine."""
 
-    def __init__(self, engine: AsyncEngine, config: EngineConfig, model: str) -> None:
+    def __init__(self, engine: ServingEngine, config: EngineConfig, model: str, fleet: FleetEngine | None) -> None:
         self._engine = engine
+        self._fleet = fleet
         self._tokenizer = engine.tokenizer
         self._created = int(time.time())
         self._meter = Meter(model, engine.stats)
+        if fleet is not None:
+            FleetMeter(fleet, model, self._meter.registry)
         self._config = config
         self._limits = Limits(model, engine.limits)
 
@@ -188,7 +195,7 @@ class _Routes:
 
     async def _answer(self, request: Request, call: Call, wire: Wire, arrival: float) -> Response:
         def source(prompt: Prompt) -> AsyncGenerator[Delta, None]:
-            return self._meter.watch(self._engine.stream_validated(prompt.request), arrival)
+            return self._meter.watch(self._start(call, prompt), arrival)
 
         if not call.options.stream:
             return json_response(await unless_gone(request.receive, whole_answer(source, call, wire)))
@@ -196,6 +203,14 @@ class _Routes:
         # The first event decides the status: capacity and validation errors are no 200.
         first = await unless_gone(request.receive, _next(events))
         return EventStream(first, events)
+
+    def _start(self, call: Call, prompt: Prompt) -> AsyncGenerator[Delta, None]:
+        """One prompt's deltas. In a fleet it goes by the answer's id, with its number where there are several."""
+        if self._fleet is None:
+            return self._engine.stream_validated(prompt.request)
+        number = next(n for n, each in enumerate(call.prompts) if each is prompt)
+        name = call.id if len(call.prompts) == 1 else f"{call.id}-{number}"
+        return self._fleet.stream_validated(prompt.request, name)
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """/v1/documents: text whose KV is computed before anybody asks about it.
 
 Owns the routes, their JSON and who may do what: a tenant sees its own documents and the public ones, the admin alone
-changes those. The store itself lives behind AsyncEngine. Attached by app.py.
+changes those. The store itself lives behind the engine. Attached by app.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI, Request, Response
 
@@ -21,8 +21,8 @@ from kvlite.server.replies import json_response, refusals
 from kvlite.server.reuse_fields import NewDocuments, parse_change, parse_new_documents
 
 if TYPE_CHECKING:
-    from kvlite.async_engine import AsyncEngine
     from kvlite.documents import DocumentInfo
+    from kvlite.server.serving import ServingEngine
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ Json = dict[str, Any]
 class DocumentRoutes:
     """The handlers of one engine's documents."""
 
-    def __init__(self, engine: AsyncEngine, config: EngineConfig) -> None:
+    def __init__(self, engine: ServingEngine, config: EngineConfig) -> None:
         self._engine = engine
         self._config = config
 
@@ -80,7 +80,7 @@ class DocumentRoutes:
         """GET /v1/documents: own and public ones, oldest first; `limit` and `after` (an id) page through them."""
         caller: Caller = request.state.caller
         limit = _page_size(request.query_params.get("limit"))
-        infos = self._engine.list_documents(caller.tenant)
+        infos = await _now(self._engine.list_documents(caller.tenant))
         after = request.query_params.get("after")
         if after is not None:
             at = next((n for n, info in enumerate(infos) if info.id == after), None)
@@ -100,14 +100,14 @@ class DocumentRoutes:
 
     async def get(self, request: Request, document_id: str) -> Response:
         """GET /v1/documents/{id}."""
-        return json_response(_shape(self._found(request.state.caller, document_id)))
+        return json_response(_shape(await self._found(request.state.caller, document_id)))
 
     async def update(self, request: Request, document_id: str) -> Response:
         """POST or PATCH /v1/documents/{id}: pin, unpin, set or clear the time to live."""
         caller: Caller = request.state.caller
         raw = await read_body(request.receive, self._config.max_body_bytes)
         change = await asyncio.to_thread(parse_change, raw)
-        known = self._changeable(caller, document_id)
+        known = await self._changeable(caller, document_id)
         life = {"ttl_s": change.ttl_s} if change.changes_ttl else {}
         changed = await self._engine.update_document(
             caller.tenant, document_id, public=known.public, pinned=change.pinned, **life
@@ -119,22 +119,27 @@ class DocumentRoutes:
     async def delete(self, request: Request, document_id: str) -> Response:
         """DELETE /v1/documents/{id}: not found from now on; requests that use it now go on."""
         caller: Caller = request.state.caller
-        known = self._changeable(caller, document_id)
+        known = await self._changeable(caller, document_id)
         if not await self._engine.delete_document(caller.tenant, document_id, public=known.public):
             raise _unknown(document_id)
         return json_response({"id": document_id, "object": "document.deleted", "deleted": True})
 
-    def _found(self, caller: Caller, document_id: str) -> DocumentInfo:
-        info = self._engine.get_document(caller.tenant, document_id)
+    async def _found(self, caller: Caller, document_id: str) -> DocumentInfo:
+        info = await _now(self._engine.get_document(caller.tenant, document_id))
         if info is None:
             raise _unknown(document_id)
         return info
 
-    def _changeable(self, caller: Caller, document_id: str) -> DocumentInfo:
-        info = self._found(caller, document_id)
+    async def _changeable(self, caller: Caller, document_id: str) -> DocumentInfo:
+        info = await self._found(caller, document_id)
         if info.public and not caller.is_admin:
             raise _needs_admin(f"document {shown(document_id)} is public and is changed")
         return info
+
+
+async def _now(value: T | Awaitable[T]) -> T:
+    """What an engine knows at once, a fleet asks its engines for."""
+    return await cast("Awaitable[T]", value) if isinstance(value, Awaitable) else value
 
 
 async def _all(making: Sequence[Coroutine[Any, Any, T]], listed: bool) -> Sequence[T]:

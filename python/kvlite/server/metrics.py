@@ -27,11 +27,11 @@ class Meter:
 
     def __init__(self, model: str, stats: Callable[[], EngineStats], clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(model, stats))
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(model, stats))
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(PREFIX + name, help, ("model_name",), buckets=buckets, registry=self._registry)
+            made = Histogram(PREFIX + name, help, ("model_name",), buckets=buckets, registry=self.registry)
             return made.labels(model)
 
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
@@ -60,7 +60,7 @@ class Meter:
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _EngineCollector(Collector):

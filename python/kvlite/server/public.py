@@ -18,7 +18,7 @@ from kvlite.reuse_types import Document
 from kvlite.server.reuse_fields import parse_public_document
 
 if TYPE_CHECKING:
-    from kvlite.async_engine import AsyncEngine
+    from kvlite.server.serving import ServingEngine
 
 FIELD = "public_documents"
 AT_ONCE = 8
@@ -56,7 +56,7 @@ def read_public_documents(config: EngineConfig) -> list[Document]:
     return documents
 
 
-async def publish(engine: AsyncEngine, documents: Sequence[Document]) -> None:
+async def publish(engine: ServingEngine, documents: Sequence[Document]) -> None:
     """Stores and computes every document. Raises ConfigError for one that cannot be kept."""
     waiting = iter(documents)
     num_done = 0
