@@ -47,6 +47,9 @@ class LinkConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(name, f"{value:g} is out of range: must be between {low:g} and {high:g}")
+        limit = self.bytes_per_s_limit
+        if limit is not None and not 1e3 <= limit <= 1e12:
+            raise ConfigError("bytes_per_s_limit", f"{limit:g} is out of range: must be between 1e3 and 1e12")
         if self.timeout_s < 2 * self.heartbeat_s:
             raise ConfigError("timeout_s", f"{self.timeout_s:g} must be at least twice heartbeat_s")
 

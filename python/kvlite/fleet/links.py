@@ -72,7 +72,10 @@ class Link:
         self._outbox_bytes = self._inbox_bytes = 0
         self._changed: set[asyncio.Future[None]] = set()
         self._current: Received | None = None
+        self._urgent: deque[Outgoing] = deque()
         self._sending: Outgoing | None = None
+        self._blocked = False
+        self._blocked_beats = 0
         self._wrote = False
         self._rate = Rate()
         self._end: LinkError | None = None
@@ -168,7 +171,7 @@ class Link:
         """Writes what waits, says goodbye, closes. After `timeout_s` it closes all the same."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._end is None and (self._outbox or self._sending is not None):
+                while self._end is None and (self._outbox or self._urgent or self._sending is not None):
                     await self._wait()
         except (TimeoutError, LinkError):
             self._finish(LinkClosedError(f"the link to {self.peer} was closed before everything was written"))
@@ -176,7 +179,7 @@ class Link:
 
     def close(self) -> None:
         """Ends every wait and both directions, at once; with a goodbye when nothing waits to be written."""
-        if self._end is None and not self._outbox and self._sending is None:
+        if self._end is None and not self._outbox and not self._urgent and self._sending is None:
             self._wire.try_write(self._sealer.header(Inner.GOODBYE, b"", 0))
         self._finish(LinkClosedError(f"the link to {self.peer} is closed"))
         self._drop_inbox()
@@ -205,6 +208,10 @@ class Link:
         self._outbox_bytes += outgoing.size
         self._notify()
 
+    def _put_urgent(self, outgoing: Outgoing) -> None:
+        self._urgent.append(outgoing)
+        self._notify()
+
     def _release(self, received: Received) -> None:
         """Payloads go back in order: those behind one that is kept wait for it."""
         received.released = True
@@ -216,7 +223,7 @@ class Link:
             self._payloads.done(first.payload)
             count += 1
         if count and self._end is None:
-            self._put(Outgoing(Inner.RELEASE, _COUNT.pack(count)))
+            self._put_urgent(Outgoing(Inner.RELEASE, _COUNT.pack(count)))
 
     async def _wait(self) -> None:
         """Until something changed. Raises the link's end."""
@@ -251,9 +258,11 @@ class Link:
     def _finish(self, error: LinkError) -> None:
         if self._end is not None:
             return
-        self._end = error
-        current = asyncio.current_task() if self._tasks else None
-        for task in self._tasks:
+        self._end = error.with_traceback(None)
+        self._payloads = None
+        tasks, self._tasks = self._tasks, []
+        current = asyncio.current_task() if tasks else None
+        for task in tasks:
             if task is not current:
                 task.cancel()
         for outgoing in (*self._outbox, *([self._sending] if self._sending else [])):
@@ -261,6 +270,7 @@ class Link:
                 outgoing.gone.set_exception(self._again())
                 outgoing.gone.exception()  # marks it as seen: its sender may be gone
         self._outbox.clear()
+        self._urgent.clear()
         self._outbox_bytes = 0
         self._unreleased.clear()
         self._wire.close()
@@ -273,7 +283,8 @@ class Link:
         self._notify()
 
     async def _write(self) -> None:
-        assert self._payloads is not None
+        payloads = self._payloads
+        assert payloads is not None
         loop = asyncio.get_running_loop()
         while True:
             first, offset = await self._next()
@@ -281,12 +292,12 @@ class Link:
             buffers = self._sealed(first)
             if first.pieces:
                 self._rate.starts.append((loop.time(), first.payload_len))
-                buffers += await self._payloads.put(offset, first.pieces)
+                buffers += await payloads.put(offset, first.pieces)
             else:
                 num_bytes = first.size
                 while self._outbox and not self._outbox[0].pieces and num_bytes < BATCH_BYTES:
                     num_bytes += self._outbox[0].size
-                    buffers += self._sealed(self._outbox.popleft())
+                    buffers += self._sealed(self._pop())
             await self._wire.write(buffers)
             self._wrote = True
             self._sending = None
@@ -295,35 +306,29 @@ class Link:
             self._notify()
 
     async def _next(self) -> tuple[Outgoing, int]:
-        """The next frame, off the outbox once its payload has room, and where that goes."""
+        """What is written next, and where its payload goes. What is urgent passes a payload that waits for room."""
         while True:
-            while not self._outbox:
-                await self._wait()
-            first = self._outbox[0]
-            offset = await self._room(first) if first.pieces else 0
-            if offset is not None:
-                return self._outbox.popleft(), offset
+            if self._urgent:
+                return self._urgent.popleft(), 0
+            if self._outbox:
+                first = self._outbox[0]
+                offset = self._out_window.take(first.payload_len) if first.pieces else 0
+                self._blocked = offset is None
+                if offset is not None:
+                    return self._pop(), offset
+            await self._wait()
 
-    async def _room(self, first: Outgoing) -> int | None:
-        """None when the frame was withdrawn meanwhile."""
-        try:
-            async with asyncio.timeout(self._config.stall_s):
-                while self._outbox and self._outbox[0] is first:
-                    offset = self._out_window.take(first.payload_len)
-                    if offset is not None:
-                        return offset
-                    await self._wait()
-        except TimeoutError:
-            waited = f"{self._config.stall_s:g} s"
-            raise StalledPeerError(f"peer {self.peer} lives but has used up no payload for {waited}") from None
-        return None
+    def _pop(self) -> Outgoing:
+        outgoing = self._outbox.popleft()
+        self._outbox_bytes -= outgoing.size
+        return outgoing
 
     def _sealed(self, outgoing: Outgoing) -> list[bytes | memoryview]:
-        self._outbox_bytes -= outgoing.size
         return [self._sealer.header(outgoing.channel, outgoing.frame, outgoing.payload_len), outgoing.frame]
 
     async def _read(self) -> None:
-        assert self._payloads is not None
+        payloads = self._payloads
+        assert payloads is not None
         while True:
             while self._inbox_bytes >= self._config.inbox_bytes_limit:
                 await self._wait()
@@ -336,7 +341,7 @@ class Link:
                 if offset is None:
                     sizes = f"a payload of {header.payload_len} bytes exceeds the window of {self.limits.window}"
                     raise OversizedError(f"{sizes}: those before it are not used up")
-                received.payload = await self._payloads.get(offset, header.payload_len)
+                received.payload = await payloads.get(offset, header.payload_len)
                 self._unreleased.append(received)
             await self._take_in(received)
 
@@ -357,6 +362,7 @@ class Link:
         count = _COUNT.unpack(frame)[0] if len(frame) == _COUNT.size else 0
         if not 0 < count <= self._out_window.num_taken:
             raise EnvelopeError(f"peer {self.peer} released {count} payloads of {self._out_window.num_taken}")
+        self._blocked_beats = 0
         for _ in range(count):
             self._out_window.release()
             self._rate.released(asyncio.get_running_loop().time())
@@ -364,14 +370,18 @@ class Link:
 
     async def _beat(self) -> None:
         """Counts beats, not time: a loop of our own that was held up must not blame the peer."""
-        silent_beats, seen = 0, -1
+        silent_beats, seen, beat_s = 0, -1, self._config.heartbeat_s
         while True:
-            await asyncio.sleep(self._config.heartbeat_s)
-            if not self._wrote and not self._outbox and self._sending is None:
-                self._put(Outgoing(Inner.PING, b""))
+            await asyncio.sleep(beat_s)
+            if not self._wrote and self._sending is None:
+                self._put_urgent(Outgoing(Inner.PING, b""))
             self._wrote = False
             silent = self._wire.waits_for_bytes and self._wire.num_received == seen
             silent_beats = silent_beats + 1 if silent else 0
             seen = self._wire.num_received
-            if silent_beats * self._config.heartbeat_s >= self._config.timeout_s:
+            if silent_beats * beat_s >= self._config.timeout_s:
                 raise SilentPeerError(f"nothing came from peer {self.peer} for {self._config.timeout_s:g} s")
+            self._blocked_beats = self._blocked_beats + 1 if self._blocked else 0
+            if self._blocked_beats * beat_s >= self._config.stall_s:
+                waited = f"{self._config.stall_s:g} s"
+                raise StalledPeerError(f"peer {self.peer} lives but has used up no payload for {waited}")

@@ -146,10 +146,11 @@ class Window:
 
     def take(self, num_bytes: int) -> int | None:
         """Offset of the next payload; None while there is no room."""
-        skipped = self._size - self._head if self._head + num_bytes > self._size else 0
+        wraps = self._head + num_bytes > self._size
+        skipped = self._size - self._head if wraps else 0
         if self._used + skipped + num_bytes > self._size:
             return None
-        offset = 0 if skipped else self._head
+        offset = 0 if wraps else self._head
         self._head = offset + num_bytes
         self._used += skipped + num_bytes
         self._taken.append(skipped + num_bytes)
