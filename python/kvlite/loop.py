@@ -84,14 +84,15 @@ class Loop:
         self._check_open()
         if outputs is None:
             return self._twins.add(request)
-        assert request.raw and request.params.seed is not None, "text and seed begin where the request did"
+        seed = request.params.seed
+        assert request.raw and seed is not None, "text and seed begin where the request did"
         if request.reuse.mode is ReuseMode.VERIFY:
             request = replace(request, blending=None, fallback="not verified: it was replayed on another engine")
-        deadline_ms = _deadline_ms(request)
+        deadline_ms = _deadline_of(request)
         begun = outputs[0] is None or len(outputs[0]) > 0
         handle = self._add(request, Start(), deadline_ms, outputs, prompt_logprobs=not begun)
         self._num_added += 1
-        tracked = self._inflight.add(handle, request, request.params.seed, deadline_ms=deadline_ms)
+        tracked = self._inflight.add(handle, request, seed, deadline_ms=deadline_ms)
         tracked.resume([None if ids is None else ids.tolist() for ids in outputs])
         return handle
 
@@ -106,7 +107,7 @@ class Loop:
 
     def _start(self, request: ValidatedRequest, how: Start) -> int:
         """One request as the core knows it."""
-        deadline_ms = _deadline_ms(request)
+        deadline_ms = _deadline_of(request)
         handle = self._add(request, how, deadline_ms)
         seed = how.seed
         if seed is None:
@@ -318,5 +319,5 @@ def _now_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
-def _deadline_ms(request: ValidatedRequest) -> int:
+def _deadline_of(request: ValidatedRequest) -> int:
     return _now_ms() + int(request.timeout_s * 1000)

@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     | REQUEST
     | {"documents", "engine_stream", "interrupts", "library", "loop", "migration", "output", "prompts", "startup"},
     "readers": {"errors", "types"},
-    "async_engine": ENGINE | {"documents", "output", "readers"},
+    "async_engine": ENGINE | {"documents", "output", "prompts", "readers"},
     "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "runner", "startup"},
     "server": SERVING | {"fleet"},
     "chat": SERVING,
