@@ -1,4 +1,4 @@
-"""The command `kvlite`: serve, chat, demo.
+"""The command `kvlite`: serve, fleet, chat, demo.
 
 Owns flags (derived from EngineConfig, never written twice), exit codes (0 fine, 1 could not, 2 usage) and the rule that
 a user sees one clear line, not a traceback. Imports nothing heavy before a command runs, so that --help is instant.
@@ -17,10 +17,12 @@ import typer
 
 from kvlite.config import EngineConfig, Setting, env_name, flag_name, setting_of
 from kvlite.errors import ConfigError, KvliteError
+from kvlite.fleet.settings import ENGINES_MAX, FleetSettings
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -56,7 +58,8 @@ def _one_line_errors() -> Generator[None]:
     try:
         yield
     except ConfigError as error:
-        flag = flag_name(error.field) if error.field in {item.name for item in fields(EngineConfig)} else error.field
+        settings = {item.name for kind in (EngineConfig, FleetSettings) for item in fields(kind)}
+        flag = flag_name(error.field) if error.field in settings else error.field
         typer.echo(f"kvlite: {flag}: {error.message}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     except (KvliteError, OSError) as error:
@@ -124,6 +127,67 @@ def serve_command(config: EngineConfig) -> None:
     from kvlite.server.__main__ import serve
 
     raise typer.Exit(serve(config))
+
+
+fleet_app = typer.Typer(
+    name="fleet", no_args_is_help=True, rich_markup_mode=None, help="Several engines behind one server; live migration."
+)
+app.add_typer(fleet_app)
+
+
+def _option(name: str, kind: Any, help: str) -> inspect.Parameter:
+    """A flag of a field of FleetSettings."""
+    default = FleetSettings.__dataclass_fields__[name].default
+    annotation = Annotated[kind, typer.Option(flag_name(name), help=help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_FLEET = (
+    _option("engines", int, f"Engines, each a process with the settings below [1 to {ENGINES_MAX}]."),
+    _option("transport", str, "How KV moves between them [shm | tcp]."),
+    _option("silence_s", float, "An engine that is silent for so long is dead [0.5 to 300 s]."),
+    _option("restarts", int, "Restarts of one engine per minute [0 to 1000]."),
+)
+
+
+@fleet_app.command(name="serve")
+@_with_settings(server=True, more=_FLEET)
+def fleet_serve_command(config: EngineConfig, engines: int, transport: str, silence_s: float, restarts: int) -> None:
+    """Serve MODEL on several engines as one server. --kv-cache-bytes is what each engine gets."""
+    settings = FleetSettings(engines, transport, silence_s, restarts)
+    from kvlite.server.__main__ import serve_fleet
+
+    raise typer.Exit(serve_fleet(config, settings))
+
+
+_Url = Annotated[str, typer.Option("--url", help="Where the server is. Its admin key comes from KVLITE_ADMIN_KEY.")]
+_How = Annotated[str, typer.Option("--how", help="What moves along: copy (KV), replay (tokens alone) or auto.")]
+
+
+@fleet_app.command(name="move")
+def fleet_move_command(
+    request: Annotated[str, typer.Argument(help="Id of its answer (chatcmpl-...), or its number.")],
+    engine: Annotated[int, typer.Argument(help="Number of the engine it moves to.")],
+    how: _How = "auto",
+    url: _Url = DEFAULT_URL,
+) -> None:
+    """Move a running REQUEST to ENGINE while its client reads on. Status 1 when it did not move."""
+    from kvlite.fleet.cli import call, move_lines
+
+    with _one_line_errors():
+        answer = call(url, "POST", "/v1/fleet/move", {"request": request, "engine": engine, "how": how})
+        typer.echo(move_lines(answer))
+        if answer["result"] != "moved":
+            raise typer.Exit(EXIT_FAILED)
+
+
+@fleet_app.command(name="status")
+def fleet_status_command(url: _Url = DEFAULT_URL) -> None:
+    """Show engines and the requests that they have."""
+    from kvlite.fleet.cli import call, status_lines
+
+    with _one_line_errors():
+        typer.echo(status_lines(call(url, "GET", "/v1/fleet")))
 
 
 _DOCUMENT = inspect.Parameter(

@@ -15,8 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from kvlite.fleet.link_config import LinkConfig
 from kvlite.fleet.links import Link
 from kvlite.fleet.members import EngineState
 from kvlite.fleet.messages import OWNER, Setup, encode_setup
+from kvlite.fleet.settings import RESTART_WINDOW_S, FleetSettings
 from kvlite.fleet.wire import LinkError
 from kvlite.model_files import load_generation_defaults
 from kvlite.runner.kv_pool import cache_budget_bytes
@@ -38,8 +38,6 @@ from kvlite.startup import model_directory
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import GenerationDefaults
 
-ENGINES_MAX = 64
-RESTART_WINDOW_S = 60.0
 RESTART_PAUSE_S = 0.2
 """Doubles with every restart in the window."""
 RESTART_PAUSE_MAX_S = 5.0
@@ -52,31 +50,6 @@ LINE_BYTES = 1 << 16
 SECRETS = ("KVLITE_API_KEY", "KVLITE_ADMIN_KEY")
 
 log = logging.getLogger("kvlite.fleet")
-
-
-@dataclass(frozen=True)
-class FleetSettings:
-    """What a fleet has beside the settings of its engines. Raises ConfigError."""
-
-    engines: int = 2
-    transport: str = "shm"
-    """How KV moves between engines: shm (shared memory) or tcp (loopback)."""
-    silence_s: float = 5.0
-    """An engine that is silent for so long is dead."""
-    restarts: int = 10
-    """Of one engine within RESTART_WINDOW_S; then it is given up. 0: a dead one stays dead, a silent one is let be."""
-    setup: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Fields of messages.Setup that differ from their defaults; for tests and measurements."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.engines <= ENGINES_MAX:
-            raise ConfigError("engines", f"{self.engines} is out of range: must be 1 to {ENGINES_MAX}")
-        if self.transport not in ("shm", "tcp"):
-            raise ConfigError("transport", f"{self.transport!r} is not allowed: must be shm | tcp")
-        if not 0.5 <= self.silence_s <= 300:
-            raise ConfigError("silence_s", f"{self.silence_s:g} is out of range: must be 0.5 to 300 s")
-        if not 0 <= self.restarts <= 1000:
-            raise ConfigError("restarts", f"{self.restarts} is out of range: must be 0 to 1000")
 
 
 class Launcher:

@@ -27,7 +27,8 @@ from kvlite.config import EngineConfig
 from kvlite.engine import Engine
 from kvlite.errors import ConfigError
 from kvlite.fleet.frontend import FleetEngine
-from kvlite.fleet.launcher import FleetSettings, Launcher, divided, load_text_side
+from kvlite.fleet.launcher import Launcher, divided, load_text_side
+from kvlite.fleet.settings import FleetSettings
 from kvlite.reuse_types import Document
 from kvlite.server.app import create_app
 from kvlite.server.connection import Connection
