@@ -21,6 +21,7 @@ from kvlite.inflight import InFlight, Tracked
 from kvlite.interrupts import uninterrupted
 from kvlite.request import RequestLimits, ValidatedRequest, recheck
 from kvlite.reuse_types import ReuseReport
+from kvlite.runner.kv_pool import KVPool
 from kvlite.runner.model_runner import ModelRunner
 from kvlite.runner.plan import Int32, as_rows
 from kvlite.tokenizer import Tokenizer
@@ -154,10 +155,14 @@ class Migration:
         return handle in self._inflight and self._core.export_abort(handle)
 
     def export_commit(self, handle: int) -> Tracked:
-        """The request lives elsewhere: everything it held here is free, nothing of it comes out any more."""
+        """The request lives elsewhere: everything it held here is free, nothing of it comes out any more.
+
+        Raises InvalidRequestError when it is not frozen, or has ended meanwhile; its end comes out as ever then.
+        """
         self.tracked(handle)
         with _named():
-            self._core.export_commit(handle)
+            if not self._core.export_commit(handle):
+                raise InvalidRequestError("request", f"{handle} has ended on this engine")
         self._twins.leave(handle)
         return self._inflight.release(handle)
 
@@ -169,7 +174,7 @@ class Migration:
         Raises InvalidRequestError for what does not fit this engine's model or limits, CapacityError for no room now.
         """
         recheck(self._limits, moving.request)
-        now_ms = time.monotonic_ns() // 1_000_000
+        now_ms = _now_ms()
         with _named():
             return self._core.reserve(
                 moving.manifest, now_ms, now_ms + ttl_ms, method_id=self._method_id(moving.request)
@@ -185,10 +190,18 @@ class Migration:
         with _named():
             self._core.import_filled(ticket, choice, index)
 
-    def import_cancel(self, ticket: int) -> None:
-        """Gives the reservation back; what arrived of an exact prompt stays cached. Raises InvalidRequestError."""
+    def import_extend(self, ticket: int, ttl_ms: int | None) -> None:
+        """From now on the reservation lives for `ttl_ms`; None: until `import_commit` or `import_cancel`."""
         with _named():
-            self._core.import_cancel(ticket)
+            self._core.import_extend(ticket, None if ttl_ms is None else _now_ms() + ttl_ms)
+
+    def import_cancel(self, ticket: int) -> bool:
+        """Gives the reservation back; what arrived of an exact prompt stays cached. False: it has expired.
+
+        No copy into its blocks may be under way.
+        """
+        with _named():
+            return self._core.import_cancel(ticket)
 
     def import_commit(self, ticket: int, final: Moving, tracked: Tracked | None = None) -> int:
         """The request lives here from now on; returns its handle. The next plan may name it.
@@ -196,9 +209,10 @@ class Migration:
         `tracked`: what the other engine's `export_commit` gives in the same process, with text on its way. Raises
         InvalidRequestError when a block is missing; the reservation is still there then.
         """
-        now_ms = time.monotonic_ns() // 1_000_000
         with _named():
-            handle = self._core.import_commit(ticket, final.manifest, now_ms, method_id=self._method_id(final.request))
+            handle = self._core.import_commit(
+                ticket, final.manifest, _now_ms(), method_id=self._method_id(final.request)
+            )
         self._inflight.adopt(handle, self._arrived(final) if tracked is None else tracked)
         return handle
 
@@ -224,6 +238,11 @@ class Migration:
         finally:
             other.transfer_done(hold)
         return len(rows)
+
+    @property
+    def pool(self) -> KVPool:
+        """Where the blocks lie, for whoever copies them."""
+        return self._runner.pool
 
     @property
     def block_bytes(self) -> int:
@@ -322,3 +341,8 @@ def _named() -> Generator[None]:
         raise InvalidRequestError(getattr(error, "param", "request"), str(error)) from None
     except _core.CapacityError as error:
         raise CapacityError(str(error)) from None
+
+
+def _now_ms() -> int:
+    """On the clock of the core's steps."""
+    return time.monotonic_ns() // 1_000_000

@@ -32,6 +32,9 @@ from kvlite.tokenizer import Tokenizer
 
 SHIPPED_MODEL = Path(__file__).parent / "model"
 NUM_BLOCKS_MAX = (1 << 31) - 1
+SAMPLES = 64
+"""Of each file of weights, spread evenly: other weights of the same shape differ nearly everywhere."""
+SAMPLE_BYTES = 4096
 
 Progress = Callable[[int, int], None]
 
@@ -50,6 +53,8 @@ class Startup:
     kv_cache_bytes: int
     num_blocks: int
     block_size: int
+    model_digest: int
+    """64 bits of the model's shape, number format and weights: equal where KV means the same."""
     phase_s: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds of each phase, in order."""
 
@@ -136,6 +141,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
         kv_cache_bytes=pool.data.nbytes,
         num_blocks=pool.num_blocks,
         block_size=config.block_size,
+        model_digest=identity.model_digest,
         phase_s=phases,
     )
     sampler, canonical_len = _sampler(config, model, device, ops), len(identity.canonical_prefix)
@@ -235,9 +241,16 @@ def _check_method(limits: RequestLimits) -> None:
 
 
 def _digest(directory: Path, model: ModelConfig, dtype: torch.dtype) -> int:
-    """64 bits of the model's shape and RoPE, its number format, and the names and sizes of its weights."""
-    files = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
-    return int.from_bytes(hashlib.sha256(repr((model, dtype, files)).encode()).digest()[:8], "little")
+    """64 bits of the model's shape and RoPE, its number format, and the weights: names, sizes and samples."""
+    digest = hashlib.sha256(repr((model, dtype)).encode())
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(repr((file.name, size)).encode())
+        with file.open("rb") as weights:
+            for n in range(SAMPLES):
+                weights.seek(max(size - SAMPLE_BYTES, 0) * n // (SAMPLES - 1))
+                digest.update(weights.read(SAMPLE_BYTES))
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def _core_and_arenas(

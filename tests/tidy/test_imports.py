@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"documents", "engine_stream", "interrupts", "library", "loop", "migration", "output", "prompts", "startup"},
     "readers": {"errors", "types"},
     "async_engine": ENGINE | {"documents", "output", "prompts", "readers"},
-    "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "runner", "startup"},
+    "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "readers", "runner", "startup"},
     "server": SERVING | {"fleet"},
     "chat": SERVING,
     "demo": SERVING | {"server"},
