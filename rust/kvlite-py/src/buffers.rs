@@ -36,6 +36,11 @@ unsafe impl Stored for i32 {
     type Raw = i32;
     const NAME: &'static str = "int32";
 }
+// SAFETY: the same type.
+unsafe impl Stored for u8 {
+    type Raw = u8;
+    const NAME: &'static str = "uint8";
+}
 // SAFETY: a transparent wrapper of u16.
 unsafe impl Stored for bf16 {
     type Raw = u16;
@@ -141,6 +146,26 @@ impl<T: Stored, const N: usize> Array<T, N> {
     pub fn span(&self) -> Span {
         let start = self.buffer.buf_ptr() as usize;
         (self.name, start..start + self.len * size_of::<T>())
+    }
+}
+
+impl<T: Stored> Array<T, 2> {
+    /// One row alone: others may be written meanwhile. None: there is no such row.
+    pub fn row(&self, row: usize) -> Option<&[T]> {
+        let [num_rows, row_len] = self.shape;
+        if row >= num_rows {
+            return None;
+        }
+        if row_len == 0 {
+            return Some(&[]);
+        }
+        // SAFETY: as `slice`; rows are packed (`packed_from(1)` was asked for by the caller that reads rows, and is checked
+        // here), and row `row` begins at its stride, inside the buffer.
+        assert!(row_len <= 1 || self.strides[1] == 1, "the rows of {} are packed", self.name);
+        unsafe {
+            let first = (self.buffer.buf_ptr() as *const T).add(row * self.strides[0]);
+            Some(std::slice::from_raw_parts(first, row_len))
+        }
     }
 }
 

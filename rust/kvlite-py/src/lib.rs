@@ -1,13 +1,16 @@
 //! `kvlite._core`: the names that Python sees, and nothing else.
 //!
 //! `core` (the scheduler behind a lock) · `cpu` (the ops over the paged cache) · `dense` (the ops over rows) · `buffers` (Python memory as checked slices; the one place with
-//! `unsafe`) · `reuse` (blends and segments as Python sees them) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
+//! `unsafe`) · `mover`, `owner`, `frames` (the machines that move requests, and what they say) · `reuse` (blends and segments as Python sees them) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
 
 mod buffers;
 mod core;
 mod cpu;
 mod dense;
 mod errors;
+mod frames;
+mod mover;
+mod owner;
 mod reuse;
 
 use pyo3::prelude::*;
@@ -17,5 +20,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     module.add_class::<core::Core>()?;
     cpu::register(module)?;
-    dense::register(module)
+    dense::register(module)?;
+    frames::register(module)?;
+    module.add_class::<mover::Mover>()?;
+    module.add_class::<owner::Owner>()
 }

@@ -2,8 +2,12 @@
 //!
 //! Owns nothing: pure functions over numbers that `core` gathers. Knows neither blocks by name nor plans nor time.
 //! Sources: chunked prefill beside decodes, Sarathi-Serve (arXiv 2403.02310); memory-centric admission, BatchLLM
-//! (arXiv 2412.03594). Called by `core::schedule` and `core::admit`.
+//! (arXiv 2412.03594). Called by `core::schedule` and `core::admit`. Beside it: `migrate`, the protocol that moves requests
+//! between engines, its `frames`, and `cost`.
 
+pub mod cost;
+pub mod frames;
+pub mod migrate;
 pub mod policy;
 
 /// Steps that a request may be held back while a running neighbour computes blocks that both begin with.
