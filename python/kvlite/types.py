@@ -308,6 +308,11 @@ class EngineStats:
     num_steps: int = 0
     num_failed_steps: int = 0
     num_preemptions: int = 0
+    num_migrations_out: int = 0
+    """Requests that went on on another engine."""
+    num_migrations_in: int = 0
+    num_imports_cancelled: int = 0
+    """Reservations for requests that did not come."""
     finished: Mapping[FinishReason, int] = field(default_factory=dict[FinishReason, int])
     """Ended choices by reason."""
 
