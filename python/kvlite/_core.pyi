@@ -91,6 +91,9 @@ class _CoreStats(TypedDict):
     generated_tokens_total: int
     discarded_tokens_total: int
     failed_plans_total: int
+    migrations_out_total: int
+    migrations_in_total: int
+    imports_cancelled_total: int
     finished_total: tuple[int, int, int, int, int]
 
 @final
@@ -126,10 +129,14 @@ class Core:
         prompt_logprobs: bool,
         now_ms: int,
         blend: _Blend | None = None,
+        outputs: Sequence[_Int32 | None] | None = None,
     ) -> int:
         """Queues a request; returns its handle. Raises InvalidArgument or CapacityError; nothing has changed then.
 
-        `deadline_ms` and `now_ms` are on the clock of `step`. O(prompt).
+        `deadline_ms` and `now_ms` are on the clock of `step`. `outputs`: what each of the n choices has produced
+        elsewhere, None for one that has ended; committed positions go on behind them, and the first admission of each
+        such choice has cause IMPORTED (where nothing was produced and nothing ended, that of choice 0; the others are
+        forked as usual). O(prompt).
         """
 
     def add_segment(self, ids: _Int32, *, tenant: int, pinned: bool, deadline_ms: int | None, now_ms: int) -> int:
@@ -170,6 +177,85 @@ class Core:
 
     def clear_cache(self) -> None:
         """Drops every cached block; running sequences keep theirs."""
+
+    def export_begin(self, handle: int) -> bytes:
+        """Starts an export; returns the manifest as of now, for `reserve` of the other engine.
+
+        Raises InvalidArgument: a handle that names nothing that lives, a request that makes a segment, one that is
+        being exported already. All calls of an export and an import belong between steps; O(blocks of the request).
+        """
+
+    def export_stage(self, handle: int, skip_blocks: int) -> tuple[int, _Int32]:
+        """A hold, and rows [K, 3] of choice, block index in the sequence, pool block: what can go now and has not gone.
+
+        Full blocks whose KV completed plans have written; once `is_frozen`, partly filled last ones too. The
+        destination has the first `skip_blocks` of the prompt. Full blocks of the prompt go once, under choice 0. The
+        blocks stay as they are until `transfer_done`. Raises InvalidArgument; CapacityError: too many copies under way.
+        """
+
+    def transfer_done(self, hold: int) -> None:
+        """The copy of a stage has ended, well or not; also after the request has ended. Raises InvalidArgument."""
+
+    def export_left(self, handle: int) -> int:
+        """Blocks that `export_stage` would give out now. Raises as `export_stage`."""
+
+    def freeze(self, handle: int) -> None:
+        """No later plan names the request; it keeps rows and blocks, or leaves the queue. Twice is fine.
+
+        It can still end: by `abort`, `finish`, its deadline, or the plan in flight. Raises as `export_begin`.
+        """
+
+    def is_frozen(self, handle: int) -> bool:
+        """Whether it is frozen and no plan in flight names it either, which takes a `step` after that plan is done."""
+
+    def export_final(self, handle: int) -> bytes:
+        """The manifest of a frozen request, for `import_commit`. Raises InvalidArgument when it is not frozen."""
+
+    def export_abort(self, handle: int) -> bool:
+        """Thaws: back to where it was, rank included. False: it has ended meanwhile."""
+
+    def export_commit(self, handle: int) -> bool:
+        """The request lives elsewhere: rows, blocks, queue places are free, no end is reported, the tree stays cached.
+
+        False: it has ended meanwhile. Raises InvalidArgument when it is not frozen.
+        """
+
+    def reserve(
+        self, manifest: bytes, now_ms: int, deadline_ms: int | None, *, method_id: int | None = None
+    ) -> tuple[int, int]:
+        """A ticket, and how many leading blocks of the prompt are here already (for `skip_blocks`).
+
+        Takes rows, and blocks for the tokens known now and two more per choice; for a manifest without KV a place in
+        the queue. At `deadline_ms` `step` cancels it. `method_id`: this engine's number of the manifest's reuse method.
+        Raises InvalidArgument: damaged, of an engine with another model, block size or vocabulary, or a request that
+        can never fit; CapacityError: no room now.
+        """
+
+    def import_block(self, ticket: int, choice: int, index: int) -> int:
+        """The pool block to write; the same when asked again. CapacityError: beyond the reservation, and no room.
+
+        Nobody else gets the block before `import_filled` or `import_cancel`, even when the reservation expires.
+        """
+
+    def import_filled(self, ticket: int, choice: int, index: int) -> None:
+        """The bytes of that block are there and verified. InvalidArgument: the reservation has expired, it is free now."""
+
+    def import_extend(self, ticket: int, deadline_ms: int | None) -> None:
+        """Another deadline for a reservation; None: only `import_commit` and `import_cancel` end it (after a claim)."""
+
+    def import_commit(self, ticket: int, manifest: bytes, now_ms: int, *, method_id: int | None = None) -> int:
+        """The handle of the request that goes on here; the next plan names its rows with cause IMPORTED.
+
+        A choice without KV or row waits like a preempted one and is named, as IMPORTED too, when it is admitted. Raises
+        InvalidArgument, and nothing has changed: a manifest that is not final or of another request, or a block that it
+        counts on is neither a hit nor filled.
+        """
+
+    def import_cancel(self, ticket: int) -> bool:
+        """Gives a reservation back; no copy into its blocks may be under way. False: there is none any more.
+
+        Full exact blocks that were filled, in unbroken order, become cached prefix blocks: a replay hits them.
+        """
 
 def cpu_attention(
     q: _Stored,

@@ -134,6 +134,23 @@ impl Blend {
         Blend { origins: self.origins.clone(), ..Blend::new(Arc::clone(&self.rule)) }
     }
 
+    /// As another engine left it: with its KV here there is nothing left to do, else a new stay begins.
+    pub fn arrived(rule: Arc<Rule>, holes: &[bool], attempts: u32, repaired: &[u32], is_done: bool) -> Blend {
+        let origin = |&hole: &bool| if hole { Origin::Hole } else { Origin::Store };
+        Blend {
+            origins: holes.iter().map(origin).collect(),
+            attempts,
+            repaired: repaired.to_vec(),
+            stage: if is_done { Stage::Done } else { Stage::Idle },
+            ..Blend::new(rule)
+        }
+    }
+
+    /// Rows that decode steps have computed again.
+    pub fn repaired(&self) -> &[u32] {
+        &self.repaired
+    }
+
     /// Whether rows are still placed, scored or computed again.
     pub fn is_active(&self) -> bool {
         matches!(self.stage, Stage::Score(_) | Stage::Recompute)
@@ -194,6 +211,7 @@ impl Blend {
             None => {
                 let mut rows = [&choice.rows[..], &self.repaired].concat();
                 rows.sort_unstable();
+                rows.dedup(); // A choice made anew may name a row that an earlier stay has repaired.
                 self.recompute(&rows);
             }
         }

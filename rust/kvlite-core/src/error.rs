@@ -206,6 +206,124 @@ pub enum CoreError {
         /// The limit.
         max: usize,
     },
+    /// Outputs that a request which goes on cannot have.
+    #[error("outputs has {count} entries for n = {n}; every choice needs one, and at least one that has not ended")]
+    Outputs {
+        /// What was given.
+        count: usize,
+        /// Choices.
+        n: u32,
+    },
+    /// An output after which its choice would have ended.
+    #[error("outputs: choice {choice} has {len} tokens, allowed are fewer than max_tokens ({max_tokens})")]
+    OutputTooLong {
+        /// Which choice.
+        choice: usize,
+        /// Its tokens.
+        len: usize,
+        /// The limit.
+        max_tokens: u32,
+    },
+    /// A handle that names nothing, or something that has ended.
+    #[error("handle {handle} names no request that lives")]
+    UnknownHandle {
+        /// What was given.
+        handle: i32,
+    },
+    /// A request that has no stream to move.
+    #[error("request {handle} makes a segment, which does not move: let the other engine make it")]
+    MakesSegment {
+        /// Which request.
+        handle: i32,
+    },
+    /// One move at a time.
+    #[error("request {handle} is being exported already")]
+    AlreadyExported {
+        /// Which request.
+        handle: i32,
+    },
+    /// No move was begun.
+    #[error("request {handle} is not being exported: call export_begin first")]
+    NotExported {
+        /// Which request.
+        handle: i32,
+    },
+    /// Plans may still name it.
+    #[error("request {handle} is not frozen: freeze it and step until is_frozen")]
+    NotFrozen {
+        /// Which request.
+        handle: i32,
+    },
+    /// A stage that never was or whose copy has ended.
+    #[error("hold {hold} is unknown or was given back")]
+    UnknownHold {
+        /// What was given.
+        hold: u32,
+    },
+    /// A reservation that never was, has expired, or was committed or cancelled.
+    #[error("ticket {ticket} names no reservation; it may have expired")]
+    UnknownTicket {
+        /// What was given.
+        ticket: u32,
+    },
+    /// Bytes that are no manifest of a request.
+    #[error("the manifest cannot be used: {what}")]
+    Manifest {
+        /// Why.
+        what: &'static str,
+    },
+    /// A manifest of an engine with which no KV can be shared.
+    #[error("the manifest's {field} is {value}, this engine has {expected}")]
+    OtherEngine {
+        /// Which number.
+        field: &'static str,
+        /// The manifest's.
+        value: u64,
+        /// Ours.
+        expected: u64,
+    },
+    /// A block that the reservation does not wait for.
+    #[error("reservation {ticket} does not wait for block {index} of choice {choice}")]
+    NotAwaited {
+        /// Which reservation.
+        ticket: u32,
+        /// Which choice.
+        choice: u32,
+        /// Which block of it.
+        index: u32,
+    },
+    /// A manifest that counts on KV which is not here.
+    #[error("block {index} of choice {choice} has not arrived: import_filled is missing")]
+    NotFilled {
+        /// Which choice.
+        choice: u32,
+        /// Which block of it.
+        index: u32,
+    },
+    /// Capacity, not blame: as many sequences run as may.
+    #[error("{needed} rows are needed, {free} are free (max_num_seqs): retry later")]
+    NoRows {
+        /// Choices that live.
+        needed: usize,
+        /// Rows that nobody has.
+        free: usize,
+    },
+    /// Capacity, not blame: the pool is promised to others.
+    #[error("{needed} blocks are needed, {available} are free or cached and others were promised some: retry later")]
+    NoBlocks {
+        /// Blocks of the request.
+        needed: usize,
+        /// Free and cached ones.
+        available: usize,
+    },
+    /// Capacity, not blame: copies to other engines have not ended.
+    #[error("{count} stages are held, at most {max} may be: call transfer_done when a copy has ended")]
+    TooManyHolds {
+        /// Stages whose copies run.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
     /// An arena of the wrong size.
     #[error("arena {arena_idx} has {len} integers, the plan layout has {expected}")]
     ArenaLength {
@@ -235,6 +353,7 @@ pub enum CoreError {
 impl CoreError {
     /// Whether the refusal is about capacity now (retry later), not about the request.
     pub fn is_capacity(&self) -> bool {
-        matches!(self, CoreError::QueueFull { .. } | CoreError::Pinned { .. })
+        use CoreError::{NoBlocks, NoRows, Pinned, QueueFull, TooManyHolds};
+        matches!(self, QueueFull { .. } | Pinned { .. } | NoRows { .. } | NoBlocks { .. } | TooManyHolds { .. })
     }
 }

@@ -16,8 +16,8 @@ mod sequence;
 
 pub use crate::blend::{MAX_SCORING_ROWS, Round, Scope};
 pub use crate::core::{
-    BlendRequest, Core, CoreStats, MAX_DECODE_ROWS, MAX_ROUNDS, MAX_STOP_TOKEN_IDS, Request, ReuseReport, SegmentInfo,
-    SpanOutcome,
+    BlendRequest, Core, CoreStats, ExportRow, MAX_DECODE_ROWS, MAX_HOLDS, MAX_ROUNDS, MAX_STOP_TOKEN_IDS, Request,
+    ReuseReport, SegmentInfo, SpanOutcome,
 };
 pub use config::{CoreConfig, PolicyKind};
 pub use error::CoreError;

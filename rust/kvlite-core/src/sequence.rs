@@ -39,11 +39,14 @@ impl FinishReason {
 /// Where a sequence is in its life.
 ///
 /// ```text
-///   Outside <-> Waiting                           Outside: waits for segments, not in the queue; -> Vacant as Waiting
+///   Outside <-> Waiting <-> Shelved               Outside: waits for segments, not in the queue; -> Vacant as Waiting
 ///   Waiting -> Running -> Ending -> Vacant        Waiting -> Vacant  (ended before it held anything)
 ///      ^  \       |  ^       ^
 ///      |   Forked-+--'       |       Forked: holds a row, waits for choice 0 to compute the prompt
 ///      +------ Preempting ---+       Ending, Preempting: hold everything until no plan names them
+///
+///   Running, Preempting -> Frozen -> Running, Ending      Frozen, Shelved: about to move to another engine, with a row or
+///   Waiting, Outside -> Shelved -> Waiting, Vacant        without; no plan names them from now on
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Status {
@@ -54,26 +57,30 @@ pub(crate) enum Status {
     Running,
     Preempting,
     Ending,
+    Frozen,
+    Shelved,
 }
 
 impl Status {
     fn may_become(self, next: Status) -> bool {
-        use Status::{Ending, Forked, Outside, Preempting, Running, Vacant, Waiting};
+        use Status::{Ending, Forked, Frozen, Outside, Preempting, Running, Shelved, Vacant, Waiting};
         matches!(
             (self, next),
             (Vacant, Waiting | Forked)
-                | (Waiting, Running | Outside | Vacant)
-                | (Outside, Waiting | Vacant)
+                | (Waiting, Running | Outside | Shelved | Vacant)
+                | (Outside, Waiting | Shelved | Vacant)
+                | (Shelved, Waiting | Vacant)
                 | (Forked, Running | Waiting | Ending)
-                | (Running, Preempting | Waiting | Ending)
-                | (Preempting, Waiting | Ending)
+                | (Running, Preempting | Waiting | Ending | Frozen)
+                | (Preempting, Waiting | Ending | Frozen)
+                | (Frozen, Running | Ending)
                 | (Ending, Vacant)
         )
     }
 
     /// Whether the sequence holds a row.
     pub fn holds_row(self) -> bool {
-        !matches!(self, Status::Vacant | Status::Waiting | Status::Outside)
+        !matches!(self, Status::Vacant | Status::Waiting | Status::Outside | Status::Shelved)
     }
 }
 
@@ -133,6 +140,8 @@ pub(crate) struct Sequence {
     pub preemptions: u32,
     /// Steps it was held back for a neighbour that computes the same prefix; bounded by `HOLD_LIMIT_STEPS`.
     pub held_steps: u32,
+    /// Whether it came from elsewhere and no plan has announced its row yet.
+    pub arrived: bool,
     /// What it reuses from segments, if it asked for that.
     pub blend: Option<Box<Blend>>,
     /// The segment that this sequence computes; no request of a client's then: it draws and publishes nothing.
@@ -169,6 +178,7 @@ impl Sequence {
             logprobs_len: 0,
             preemptions: 0,
             held_steps: 0,
+            arrived: false,
             blend: None,
             makes: None,
         }
@@ -242,6 +252,12 @@ impl Sequence {
     pub fn exact_len(&self) -> usize {
         let first = self.blend.as_ref().and_then(|blend| blend.rule.spans.first());
         first.map_or(usize::MAX, |&(start, _)| start as usize)
+    }
+
+    /// The block that holds its positions from `index * block_size` on; a fork may still share its parent's last one.
+    pub fn block_at(&self, index: u32) -> BlockId {
+        let own = self.blocks.get(index as usize).copied();
+        own.or(self.tail_source).expect("rows that were computed have a block")
     }
 
     /// The slot of `position` in its own blocks.

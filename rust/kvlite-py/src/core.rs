@@ -13,6 +13,7 @@ use pyo3::types::{PyDict, PyString};
 
 use crate::buffers::{Array, Exclusive};
 use crate::errors::{Fault, from_core, invalid, panic_message};
+use crate::migration::Outputs;
 use crate::reuse::{Blend, BlendTuple, report_dict, segment_dict};
 
 /// Puts fields into a dict under their own names.
@@ -42,8 +43,8 @@ const FIELDS: [&str; 17] = [
     "hash_seed",
 ];
 
-struct State {
-    core: kvlite_core::Core,
+pub struct State {
+    pub core: kvlite_core::Core,
     arenas: [Exclusive<i32, 1>; 2],
     /// The message of the panic that left the core in an unknown state.
     broken: Option<String>,
@@ -82,7 +83,7 @@ impl Core {
     }
 
     /// For calls of microseconds: they keep the GIL, because taking it back may cost a switch interval (5 ms).
-    fn brief<T>(&self, call: impl FnOnce(&mut State) -> Result<T, CoreError>) -> PyResult<T> {
+    pub fn brief<T>(&self, call: impl FnOnce(&mut State) -> Result<T, CoreError>) -> PyResult<T> {
         raise(self.state().call(call), "prompt")
     }
 
@@ -141,7 +142,7 @@ impl Core {
 
     /// Queues a request; returns its handle. Raises InvalidArgument or CapacityError; nothing has changed then.
     #[pyo3(signature = (prompt_ids, *, n, max_tokens, min_tokens, stop_token_ids, priority, deadline_ms, tenant, use_cache,
-                        prompt_logprobs, now_ms, blend = None))]
+                        prompt_logprobs, now_ms, blend = None, outputs = None))]
     #[expect(clippy::too_many_arguments, reason = "one keyword per field of a request")]
     fn add(
         &self,
@@ -157,11 +158,13 @@ impl Core {
         prompt_logprobs: bool,
         now_ms: i64,
         blend: Option<BlendTuple<'_>>,
+        outputs: Option<Vec<Option<Bound<'_, PyAny>>>>,
     ) -> PyResult<i32> {
         let prompt = Array::<i32, 1>::new("prompt_ids", prompt_ids)?.packed_from(0)?;
         let (n, tenant) = (unsigned("n", n)?, unsigned("tenant", tenant)?);
         let blend = blend.map(Blend::new).transpose()?;
         let (max_tokens, min_tokens) = (unsigned("max_tokens", max_tokens)?, unsigned("min_tokens", min_tokens)?);
+        let outputs = outputs.map(Outputs::new).transpose()?;
         self.brief(|state| {
             let request = Request {
                 prompt: prompt.slice(),
@@ -176,7 +179,10 @@ impl Core {
                 prompt_logprobs,
                 blend: blend.as_ref().map(Blend::request),
             };
-            state.core.add(&request, now_ms)
+            match &outputs {
+                None => state.core.add(&request, now_ms),
+                Some(outputs) => state.core.add_with_outputs(&request, &outputs.slices(), now_ms),
+            }
         })
     }
 
@@ -273,6 +279,9 @@ impl Core {
             generated_tokens_total,
             discarded_tokens_total,
             failed_plans_total,
+            migrations_out_total,
+            migrations_in_total,
+            imports_cancelled_total,
         );
         let [stop, length, cancelled, error, timeout] = stats.finished_total;
         dict.set_item("finished_total", (stop, length, cancelled, error, timeout))?;

@@ -61,7 +61,7 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
 /// A core's refusal, by blame. `ids`: what the caller calls the token ids.
 pub fn from_core(error: &CoreError, ids: &'static str) -> PyErr {
     let param = match error {
-        CoreError::QueueFull { .. } | CoreError::Pinned { .. } => return CapacityError::new_err(error.to_string()),
+        error if error.is_capacity() => return CapacityError::new_err(error.to_string()),
         CoreError::Config { field: "canonical_prefix_len", .. } => "canonical_prefix",
         CoreError::Config { field, .. } => field,
         CoreError::Watermark { .. } => "watermark_ratio",
@@ -81,6 +81,17 @@ pub fn from_core(error: &CoreError, ids: &'static str) -> PyErr {
         CoreError::Scores { .. } => "scores",
         CoreError::DecodeRows { .. } => "decode_rows",
         CoreError::BlendedLogprobs => "blend",
+        CoreError::Outputs { .. } | CoreError::OutputTooLong { .. } => "outputs",
+        CoreError::UnknownHandle { .. } | CoreError::MakesSegment { .. } | CoreError::AlreadyExported { .. } => {
+            "handle"
+        }
+        CoreError::NotExported { .. } | CoreError::NotFrozen { .. } => "handle",
+        CoreError::UnknownHold { .. } => "hold",
+        CoreError::UnknownTicket { .. } => "ticket",
+        CoreError::Manifest { .. } | CoreError::OtherEngine { .. } => "manifest",
+        CoreError::NotAwaited { .. } | CoreError::NotFilled { .. } => "index",
+        CoreError::QueueFull { .. } | CoreError::Pinned { .. } => "capacity",
+        CoreError::NoRows { .. } | CoreError::NoBlocks { .. } | CoreError::TooManyHolds { .. } => "capacity",
         CoreError::ArenaLength { .. } => "arenas",
         CoreError::ArenaIndex { .. } | CoreError::PlanOutstanding { .. } => "arena_idx",
     };

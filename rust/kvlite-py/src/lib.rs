@@ -1,7 +1,7 @@
 //! `kvlite._core`: the names that Python sees, and nothing else.
 //!
 //! `core` (the scheduler behind a lock) · `cpu` (the ops over the paged cache) · `dense` (the ops over rows) · `buffers` (Python memory as checked slices; the one place with
-//! `unsafe`) · `mover`, `owner`, `frames` (the machines that move requests, and what they say) · `reuse` (blends and segments as Python sees them) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
+//! `unsafe`) · `mover`, `owner`, `frames` (the machines that move requests, and what they say) · `reuse` (blends and segments as Python sees them) · `migration` (moving a request) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
 
 mod buffers;
 mod core;
@@ -9,6 +9,7 @@ mod cpu;
 mod dense;
 mod errors;
 mod frames;
+mod migration;
 mod mover;
 mod owner;
 mod reuse;

@@ -3,11 +3,11 @@
 //! Last of the two walls (the first is Python's ValidatedRequest): ids, lengths, counts and the pool are checked again.
 
 use super::makers::Maker;
-use super::{BlendRequest, Core, NO_HANDLE, RequestState};
+use super::{BlendRequest, Core, NO_HANDLE, NO_SLOT, RequestState};
 use crate::blend::Blend;
 use crate::error::CoreError;
 use crate::ids::{Label, TenantId, Token};
-use crate::sequence::{Sequence, Status, stop_bit};
+use crate::sequence::{Rank, Sequence, Status, stop_bit};
 
 /// Stop token ids that one request may name.
 pub const MAX_STOP_TOKEN_IDS: usize = 64;
@@ -39,6 +39,29 @@ pub struct Request<'a> {
     pub blend: Option<BlendRequest<'a>>,
 }
 
+impl Request<'_> {
+    /// A waiting sequence for `choice`; a blend is the caller's to add.
+    pub(super) fn sequence(&self, choice: u32, rank: Rank) -> Sequence {
+        let label = Label::exact(TenantId(self.tenant));
+        let end_len = self.prompt.len() as u32 + self.max_tokens;
+        let mut seq = Sequence::new(0, choice, label, rank, self.prompt, end_len);
+        seq.stop_mask = self.stop_token_ids.iter().fold(0, |mask, &id| mask | stop_bit(id));
+        seq
+    }
+
+    /// The request as the core remembers it, without sequences.
+    pub(super) fn state(&self) -> RequestState {
+        RequestState {
+            stop_token_ids: self.stop_token_ids.into(),
+            min_tokens: self.min_tokens,
+            priority: self.priority,
+            use_cache: self.use_cache && !self.prompt_logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            ..RequestState::new(self.n)
+        }
+    }
+}
+
 impl Core {
     /// Queues a request and returns its handle, which names it until the last choice has finished.
     ///
@@ -47,53 +70,69 @@ impl Core {
     /// blocks(prompt + max_tokens - 1) is what has to be in the pool. O(prompt).
     pub fn add(&mut self, request: &Request<'_>, now_ms: i64) -> Result<i32, CoreError> {
         self.check(request)?;
-        let arrival = self.take_arrival();
-        let rank = (self.policy.rank(arrival, request.priority), self.take_serial());
-        let end_len = request.prompt.len() as u32 + request.max_tokens;
-        let label = Label::exact(TenantId(request.tenant));
-        let mut seq = Sequence::new(0, 0, label, rank, request.prompt, end_len);
-        seq.stop_mask = request.stop_token_ids.iter().fold(0, |mask, &id| mask | stop_bit(id));
+        self.check_queue()?;
+        let rank = self.take_rank(request.priority);
+        let mut seq = request.sequence(0, rank);
         seq.blend = request.blend.as_ref().map(|blend| Box::new(Blend::new(blend.rule())));
-        let state = RequestState {
-            stop_token_ids: request.stop_token_ids.into(),
-            min_tokens: request.min_tokens,
-            use_cache: request.use_cache && !request.prompt_logprobs,
-            prompt_logprobs: request.prompt_logprobs,
-            ..RequestState::new(request.n)
-        };
-        let (handle, slot) = self.enlist(seq, state, request.deadline_ms, now_ms);
-        // Sends for missing segments at once: they are made while others run.
-        if self.seq(slot).blend.is_none() || self.prepare(slot).is_some() {
-            self.waiting.insert((rank, 0, slot));
-        }
+        let (handle, slot) = self.enlist(seq, request.state(), request.deadline_ms, now_ms);
+        self.stats.requests_total += 1;
+        self.enqueue(slot);
         Ok(handle)
+    }
+
+    /// Puts a waiting sequence into the queue, or outside it: missing segments are sent for at once, and made while others
+    /// run.
+    pub(super) fn enqueue(&mut self, slot: u32) {
+        if self.seq(slot).blend.is_none() || self.prepare(slot).is_some() {
+            let seq = self.seq(slot);
+            self.waiting.insert((seq.rank, seq.choice, slot));
+        }
+    }
+
+    /// The rank of whoever comes now.
+    pub(super) fn take_rank(&mut self, priority: i32) -> Rank {
+        let arrival = self.take_arrival();
+        (self.policy.rank(arrival, priority), self.take_serial())
     }
 
     /// Stores a request and its first sequence, not yet queued; returns handle and slot. The core's own get no handle.
     pub(super) fn enlist(
         &mut self,
-        mut seq: Sequence,
-        mut state: RequestState,
+        seq: Sequence,
+        state: RequestState,
         deadline_ms: Option<i64>,
         now_ms: i64,
     ) -> (i32, u32) {
+        let request = self.register(state, deadline_ms, now_ms);
+        (self.request(request).handle, self.join(request, seq))
+    }
+
+    /// Stores a request that has no sequence yet; returns its index.
+    pub(super) fn register(&mut self, mut state: RequestState, deadline_ms: Option<i64>, now_ms: i64) -> u32 {
         let index = self.free_requests.pop().unwrap_or_else(|| {
             self.requests.push(None);
             self.requests.len() as u32 - 1
         });
-        seq.request = index;
-        let slot = self.place(seq);
-        state.choices.push(slot);
         if state.handle != NO_HANDLE {
             state.handle = self.take_handle();
             state.deadline_ms = deadline_ms.map(|deadline| deadline.max(now_ms));
             self.deadlines.extend(state.deadline_ms.map(|deadline| (deadline, index)));
             self.by_handle.insert(state.handle, index);
-            self.stats.requests_total += 1;
         }
-        let handle = state.handle;
         self.requests[index as usize] = Some(state);
-        (handle, slot)
+        index
+    }
+
+    /// Gives a choice of a request its sequence; choices come in order.
+    pub(super) fn join(&mut self, request: u32, mut seq: Sequence) -> u32 {
+        seq.request = request;
+        let choice = seq.choice as usize;
+        let slot = self.place(seq);
+        let state = self.request_mut(request);
+        state.choices.resize(choice, NO_SLOT);
+        state.choices.push(slot);
+        state.num_present += 1;
+        slot
     }
 
     pub(super) fn take_arrival(&mut self) -> u64 {
@@ -106,7 +145,8 @@ impl Core {
         self.next_serial - 1
     }
 
-    fn check(&self, request: &Request<'_>) -> Result<(), CoreError> {
+    /// What can be said of a request whatever else waits.
+    pub(super) fn check(&self, request: &Request<'_>) -> Result<(), CoreError> {
         let config = &self.config;
         let prompt_len = request.prompt.len();
         if prompt_len == 0 {
@@ -148,7 +188,7 @@ impl Core {
         if needed + pinned > config.num_blocks {
             return Err(CoreError::Pinned { needed, total: config.num_blocks, pinned });
         }
-        self.check_queue()
+        Ok(())
     }
 
     pub(super) fn check_tokens(&self, tokens: &[Token], tenant: u32) -> Result<(), CoreError> {
@@ -171,10 +211,21 @@ impl Core {
     pub(super) fn check_queue(&self) -> Result<(), CoreError> {
         let max = self.config.max_num_waiting as usize;
         let waits = |maker: &&Maker| self.seq(maker.slot).status() == Status::Waiting;
-        let waiting = self.waiting.len() + self.num_outside - self.makers.values().filter(waits).count();
+        let arriving = self.arrivals.values().filter(|arrival| arrival.rows.is_empty()).count();
+        let queued = self.waiting.len() + self.num_outside + self.num_shelved + arriving;
+        let waiting = queued - self.makers.values().filter(waits).count();
         let unread = self.out_finished.len();
         if waiting >= max || waiting + unread >= max + self.config.max_num_seqs as usize {
             return Err(CoreError::QueueFull { waiting: waiting + unread, max });
+        }
+        self.check_live()
+    }
+
+    /// Rows and places in the queue bound the requests that live; those that arrive count already.
+    pub(super) fn check_live(&self) -> Result<(), CoreError> {
+        let (live, max) = (self.by_handle.len() + self.arrivals.len(), self.config.max_num_waiting as usize);
+        if live >= max + self.config.max_num_seqs as usize {
+            return Err(CoreError::QueueFull { waiting: live, max });
         }
         Ok(())
     }

@@ -30,7 +30,7 @@ impl Core {
         let makes = self.seq(slot).makes;
         let state = self.request(self.seq(slot).request);
         let num_rows = if state.announced || self.seq(slot).repairs() { 1 } else { state.num_choices as usize };
-        let is_alone = self.running.is_empty();
+        let is_alone = self.running.is_empty() && self.arrivals.is_empty() && self.exports.is_empty();
         if self.refused == Some((slot, self.room_epoch)) && !is_alone {
             return false;
         }
@@ -63,7 +63,8 @@ impl Core {
         self.use_segments(slot);
         let wanted = (known.div_ceil(self.config.block_size) - num_hits) as usize;
         let mut fresh = std::mem::take(&mut self.scratch_blocks);
-        let mut fits = (is_alone || self.has_room(slot, num_rows)) && self.reserve(makes, wanted, cursor, &mut fresh);
+        let mut fits =
+            (is_alone || self.has_room(slot, num_rows)) && self.take_blocks(makes, wanted, cursor, &mut fresh);
         if !fits
             && is_alone
             && makes.is_none()
@@ -91,7 +92,7 @@ impl Core {
     }
 
     /// Blocks for an admission; a maker's segment gets its own beside them, or neither gets any.
-    fn reserve(
+    fn take_blocks(
         &mut self,
         makes: Option<SegmentId>,
         wanted: usize,
@@ -171,38 +172,60 @@ impl Core {
     fn has_room(&mut self, slot: u32, num_rows: usize) -> bool {
         let block_size = self.config.block_size;
         let blocks = |tokens: u32| u64::from(tokens.div_ceil(block_size));
-        let soon = |seq: &Sequence| {
-            let reserve = reserve_of(seq.preemptions, self.config.reserve_tokens, block_size);
-            blocks(seq.total_len().saturating_add(reserve).min(seq.end_len - 1))
-        };
         let mut demands = std::mem::take(&mut self.scratch_demands);
-        demands.clear();
-        let mut promised = 0;
-        for seq in self.running.iter().map(|&slot| self.seq(slot)) {
-            let (has, is_own) = match seq.status() {
-                Status::Running => (seq.blocks.len() as u64, true),
-                Status::Forked => (u64::from(seq.prompt_len / block_size), false),
-                _ => continue,
-            };
-            promised += soon(seq).saturating_sub(has);
-            let held = if is_own { has - u64::from(seq.hit_len) + self.made_blocks(seq) } else { 0 };
-            demands.push(Demand { remaining: blocks(seq.end_len - 1).saturating_sub(has), held });
-        }
+        let mut promised = self.demands(&mut demands);
         let seq = self.seq(slot);
         let hits = self.scratch_hits.len() as u64;
         let own = blocks(seq.tokens.len() as u32) - hits;
         let now = own + self.made_blocks(seq);
         let (end, shared) = (blocks(seq.end_len - 1), u64::from(seq.prompt_len / block_size));
-        promised += soon(seq) - hits + self.made_blocks(seq) + (num_rows as u64 - 1) * (soon(seq) - shared);
+        let soon = self.soon(seq);
+        promised += soon - hits + self.made_blocks(seq) + (num_rows as u64 - 1) * (soon - shared);
         demands.push(Demand { remaining: end - hits - own, held: now });
         demands.extend((1..num_rows).map(|_| Demand { remaining: end - shared, held: 0 }));
 
+        let fits = self.has_room_for(promised, now, &mut demands);
+        self.scratch_demands = demands;
+        fits
+    }
+
+    /// Blocks that a sequence needs for its known tokens and the reserve.
+    fn soon(&self, seq: &Sequence) -> u64 {
+        let block_size = self.config.block_size;
+        let reserve = reserve_of(seq.preemptions, self.config.reserve_tokens, block_size);
+        seq.total_len().saturating_add(reserve).min(seq.end_len - 1).div_ceil(block_size).into()
+    }
+
+    /// What everybody who runs or arrives still takes, into `demands`; returns what of it is promised for soon.
+    pub(super) fn demands(&self, demands: &mut Vec<Demand>) -> u64 {
+        let block_size = self.config.block_size;
+        demands.clear();
+        let mut promised = 0;
+        for seq in self.running.iter().map(|&slot| self.seq(slot)) {
+            let (has, is_own) = match seq.status() {
+                Status::Running | Status::Frozen => (seq.blocks.len() as u64, true),
+                Status::Forked => (u64::from(seq.prompt_len / block_size), false),
+                _ => continue,
+            };
+            promised += self.soon(seq).saturating_sub(has);
+            let held = if is_own { has.saturating_sub(seq.hit_len.into()) + self.made_blocks(seq) } else { 0 };
+            let end = u64::from((seq.end_len - 1).div_ceil(block_size));
+            demands.push(Demand { remaining: end.saturating_sub(has), held });
+        }
+        for arrival in self.arrivals.values() {
+            let (soon, demand) = arrival.demand(&self.config);
+            promised += soon;
+            demands.push(demand);
+        }
+        promised
+    }
+
+    /// Whether `promised` blocks stay below the watermark and, once `now` of them are taken, everybody can finish.
+    pub(super) fn has_room_for(&self, promised: u64, now: u64, demands: &mut [Demand]) -> bool {
         let available = self.cache.available() as u64;
         let total = f64::from(self.config.num_blocks);
         let kept_free = (total * (1.0 - self.config.watermark_ratio)).floor() as u64;
-        let fits = promised + kept_free <= available && everyone_can_finish(available - now, &mut demands);
-        self.scratch_demands = demands;
-        fits
+        promised + kept_free <= available && now <= available && everyone_can_finish(available - now, demands)
     }
 
     /// Blocks of the segment that a maker fills: evictable once it is done.
@@ -244,7 +267,11 @@ impl Core {
         let state = self.request_mut(request);
         let (handle, is_first) = (state.handle, !state.announced);
         state.announced = true;
-        let cause = if is_first { Cause::New } else { Cause::Resumed };
+        let cause = match (std::mem::take(&mut self.seqs[slot as usize].arrived), is_first) {
+            (true, _) => Cause::Imported,
+            (false, true) => Cause::New,
+            (false, false) => Cause::Resumed,
+        };
         self.enter_running(slot);
         if is_maker {
             return;
@@ -271,16 +298,12 @@ impl Core {
         let mut fork = Sequence::forked_from(self.seq(parent), choice);
         fork.row = row;
         fork.blocks.reserve_exact(fork.end_len.div_ceil(self.config.block_size) as usize);
-        let request = fork.request;
-        let slot = self.place(fork);
-        let state = self.request_mut(request);
-        state.choices.push(slot);
-        state.num_present += 1;
+        let slot = self.join(fork.request, fork);
         self.enter_running(slot);
         row
     }
 
-    fn enter_running(&mut self, slot: u32) {
+    pub(super) fn enter_running(&mut self, slot: u32) {
         let order = self.seq(slot).order();
         let at = self.running.partition_point(|&other| self.seq(other).order() < order);
         self.running.insert(at, slot);

@@ -124,7 +124,7 @@ impl Core {
             blend.recipe = recipe;
         }
         let replayed = recipe.map(|number| Arc::clone(&self.recipes.get(number).chosen));
-        if is_first {
+        if is_first || self.request(self.seq(slot).request).reuse.is_none() {
             self.report_reuse(slot, hit, replayed.as_ref().map(|choice| &*choice.rows));
         }
         let blend = self.seqs[slot as usize].blend.as_mut().expect("looked at above");

@@ -89,7 +89,7 @@ impl Core {
     }
 
     /// Puts every full block whose KV is written into the tree. A block that is there already replaces ours.
-    fn publish(&mut self, slot: u32) {
+    pub(super) fn publish(&mut self, slot: u32) {
         let block_size = self.config.block_size as usize;
         let seq = &self.seqs[slot as usize];
         let is_short = (seq.committed_len as usize) < (seq.tree_len as usize + 1) * block_size;
@@ -141,29 +141,40 @@ impl Core {
             self.slot_of(self.seq(slot).request, 0).expect("choice 0 is held until its plan is committed");
         let [parent, fork] =
             self.seqs.get_disjoint_mut([parent_slot as usize, slot as usize]).expect("choice 0 is another sequence");
-        let prompt_len = fork.prompt_len;
-        let full = (prompt_len / block_size) as usize;
+        let (prompt_len, is_frozen) =
+            (fork.prompt_len, self.requests[fork.request as usize].as_ref().is_some_and(|state| state.frozen));
         fork.become_(Status::Running);
+        if is_frozen {
+            fork.become_(Status::Frozen);
+        }
         if let (Some(theirs), Some(blend)) = (&parent.blend, &mut fork.blend) {
             blend.stage = Stage::Done;
             blend.recipe = theirs.recipe;
             theirs.recipe.iter().for_each(|&recipe| self.recipes.hold(recipe));
         }
+        fork.scheduled_len = prompt_len;
+        fork.committed_len = prompt_len;
+        if prompt_len % block_size != 0 {
+            let tail = parent.blocks[(prompt_len / block_size) as usize];
+            self.extra_owners[tail.index as usize] += 1;
+            fork.tail_source = Some(tail);
+        }
+        self.share_prompt(parent_slot, slot);
+    }
+
+    /// Gives a choice without blocks the full prompt blocks of another one, which has computed them.
+    pub(super) fn share_prompt(&mut self, parent: u32, slot: u32) {
+        let [parent, fork] =
+            self.seqs.get_disjoint_mut([parent as usize, slot as usize]).expect("a choice shares with another one");
+        let full = (fork.prompt_len / self.config.block_size) as usize;
         fork.blocks.extend_from_slice(&parent.blocks[..full]);
         fork.tree_len = parent.tree_len.min(full as u32);
         fork.hit_len = full as u32;
-        fork.scheduled_len = prompt_len;
-        fork.committed_len = prompt_len;
         if let Some(cursor) = fork.tree_len.checked_sub(1) {
             self.cache.pin(fork.blocks[cursor as usize]);
         }
         for block in &fork.blocks[fork.tree_len as usize..] {
             self.extra_owners[block.index as usize] += 1;
-        }
-        if prompt_len % block_size != 0 {
-            let tail = parent.blocks[full];
-            self.extra_owners[tail.index as usize] += 1;
-            fork.tail_source = Some(tail);
         }
     }
 }

@@ -65,7 +65,8 @@ impl Core {
                 self.waiting.remove(&(seq.rank, choice, slot));
             }
             Status::Outside => self.stop_waiting(slot),
-            Status::Running | Status::Forked => {
+            Status::Shelved => self.num_shelved -= 1,
+            Status::Running | Status::Forked | Status::Frozen => {
                 seq.become_(Status::Ending);
                 self.num_leaving += 1;
             }
@@ -82,7 +83,7 @@ impl Core {
             self.out_finished.push([handle, choice, reason as i32]);
             self.stats.finished_total[reason as usize] += u64::from(ended);
         }
-        if matches!(status, Status::Waiting | Status::Outside) {
+        if matches!(status, Status::Waiting | Status::Outside | Status::Shelved) {
             self.abandon_maker(slot);
             self.vacate(slot);
         }
@@ -134,16 +135,22 @@ impl Core {
         let seq = &mut self.seqs[slot as usize];
         seq.become_(Status::Waiting);
         seq.forget_device_state();
-        self.waiting.insert((seq.rank, seq.choice, slot));
+        if self.requests[seq.request as usize].as_ref().is_some_and(|state| state.frozen) {
+            seq.become_(Status::Shelved);
+            self.num_shelved += 1;
+        } else {
+            self.waiting.insert((seq.rank, seq.choice, slot));
+        }
     }
 
     /// Returns row and blocks. Choices that waited for this one's prompt go back to the queue, each on its own.
-    fn give_back(&mut self, slot: u32) {
+    pub(super) fn give_back(&mut self, slot: u32) {
         self.release_segments(slot);
         let seq = &mut self.seqs[slot as usize];
         let (request, choice, tree_len) = (seq.request, seq.choice, seq.tree_len as usize);
         let mut blocks = std::mem::take(&mut seq.blocks);
         let tail_source = seq.tail_source.take();
+        self.num_arrived -= usize::from(std::mem::take(&mut seq.arrived));
         self.free_rows.push(seq.row);
         for block in blocks.drain(tree_len..).rev().chain(tail_source) {
             self.free_private(block);
@@ -167,7 +174,7 @@ impl Core {
     }
 
     /// Empties a slot; the last one takes the request along.
-    fn vacate(&mut self, slot: u32) {
+    pub(super) fn vacate(&mut self, slot: u32) {
         let seq = &mut self.seqs[slot as usize];
         seq.become_(Status::Vacant);
         let (request, choice) = (seq.request, seq.choice as usize);

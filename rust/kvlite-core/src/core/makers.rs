@@ -70,6 +70,7 @@ impl Core {
         seq.blend = Some(Box::new(Blend::new(Arc::new(rule))));
         let state = RequestState { precomputes: true, pins: pinned, ..RequestState::new(1) };
         let (handle, slot) = self.enlist(seq, state, deadline_ms, now_ms);
+        self.stats.requests_total += 1;
         self.settle(slot);
         Ok(handle)
     }
@@ -164,7 +165,8 @@ impl Core {
     /// largest segment that is wanted into the store.
     fn check_pin(&self, blocks: u32, own: Option<SegmentId>) -> Result<(), CoreError> {
         let live = self.seqs.iter().filter(|seq| seq.status() != Status::Vacant);
-        let needed = live.map(|seq| self.blocks_of(seq, own)).max().unwrap_or(0);
+        let arriving = self.arrivals.values().map(|arrival| arrival.blocks_at_end(self.config.block_size));
+        let needed = live.map(|seq| self.blocks_of(seq, own)).chain(arriving).max().unwrap_or(0);
         let others = self.makers.keys().filter(|&&id| Some(id) != own);
         let views = others.map(|&id| self.cache.segment(id)).filter(|view| !view.pinned);
         let wanted = views.map(|view| self.segment_blocks(view.len as usize)).max().unwrap_or(0);

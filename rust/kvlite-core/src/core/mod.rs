@@ -10,14 +10,21 @@ mod audit;
 mod blending;
 mod commit;
 mod end;
+mod export;
+mod freeze;
+mod import;
+mod land;
 mod makers;
+mod manifest;
+mod outputs;
 mod recipes;
+mod records;
 mod repairs;
 mod reuse;
 mod schedule;
 mod stats;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
@@ -25,111 +32,20 @@ use rustc_hash::FxHashMap;
 use crate::cache::{Cache, SegmentId};
 use crate::config::CoreConfig;
 use crate::error::CoreError;
-use crate::ids::{BlockId, Token};
+use crate::ids::BlockId;
 use crate::plan::{Header, Layout, PlanWriter, Region};
 use crate::sched::Demand;
 use crate::sched::policy::{Policy, policy};
 use crate::sequence::{Rank, Sequence};
+use import::Arrival;
 use makers::Maker;
 use recipes::Recipes;
+use records::{Hold, NO_HANDLE, NO_SLOT, PlanEntry, PlanRecord, RequestState};
 
 pub use add::{MAX_STOP_TOKEN_IDS, Request};
+pub use export::{ExportRow, MAX_HOLDS};
 pub use reuse::{BlendRequest, MAX_DECODE_ROWS, MAX_ROUNDS, ReuseReport, SegmentInfo, SpanOutcome};
 pub use stats::CoreStats;
-
-/// In `RequestState::choices`: this choice's sequence is gone.
-const NO_SLOT: u32 = u32::MAX;
-/// The handle of the core's own requests, which no caller ever hears of.
-const NO_HANDLE: i32 = -1;
-
-/// One request while any of its choices lives.
-#[derive(Debug)]
-struct RequestState {
-    handle: i32,
-    num_choices: u32,
-    /// Slot per choice, `NO_SLOT` once it is gone; choices above 0 exist from admission on.
-    choices: Vec<u32>,
-    /// Choices that have not finished.
-    num_unfinished: u32,
-    /// Sequences that still exist.
-    num_present: u32,
-    /// Whether `admitted` has named it; before that an end concerns every choice at once.
-    announced: bool,
-    stop_token_ids: Box<[Token]>,
-    min_tokens: u32,
-    deadline_ms: Option<i64>,
-    use_cache: bool,
-    prompt_logprobs: bool,
-    /// Ends when its segment is ready, and whether that is to be pinned.
-    precomputes: bool,
-    pins: bool,
-    /// Where the tokens of a blended prompt came from, from admission on.
-    reuse: Option<Box<ReuseReport>>,
-}
-
-impl RequestState {
-    /// Of a request with `num_choices` that asks for nothing special; it has no sequence yet.
-    fn new(num_choices: u32) -> RequestState {
-        RequestState {
-            handle: 0,
-            num_choices,
-            choices: Vec::with_capacity(num_choices as usize),
-            num_unfinished: num_choices,
-            num_present: 1,
-            announced: false,
-            stop_token_ids: [].into(),
-            min_tokens: 0,
-            deadline_ms: None,
-            use_cache: false,
-            prompt_logprobs: false,
-            precomputes: false,
-            pins: false,
-            reuse: None,
-        }
-    }
-}
-
-/// What one plan does to one sequence once it completes.
-#[derive(Clone, Copy, Debug)]
-struct PlanEntry {
-    slot: u32,
-    /// `committed_len` after the plan.
-    len_after: u32,
-    first_sample: u32,
-    /// Samples of this sequence, prompt log-probabilities first.
-    num_samples: u32,
-    /// Whether the last of them draws a token.
-    draws: bool,
-    /// Whether it places rows of segments.
-    places: bool,
-    /// The first of its rows in `scored`.
-    scored: Option<u32>,
-}
-
-impl PlanEntry {
-    /// Names a sequence and nothing else: what the plan does is added.
-    fn of(slot: u32, len_after: u32) -> PlanEntry {
-        PlanEntry { slot, len_after, first_sample: 0, num_samples: 0, draws: false, places: false, scored: None }
-    }
-}
-
-/// A block that a plan reads though its sequence no longer needs it.
-#[derive(Clone, Copy, Debug)]
-enum Hold {
-    /// Private: a merged duplicate or the source of a fork's copy.
-    Private(BlockId),
-    /// In the tree: the source of a partial hit.
-    InTree(BlockId),
-}
-
-/// A plan in flight: what to do when it completes. `number` 0 means none.
-#[derive(Debug, Default)]
-struct PlanRecord {
-    number: u64,
-    num_tokens: u32,
-    entries: Vec<PlanEntry>,
-    holds: Vec<Hold>,
-}
 
 /// The scheduler and the cache of one engine. See the module's header.
 pub struct Core {
@@ -150,6 +66,8 @@ pub struct Core {
     waiting: BTreeSet<(Rank, u32, u32)>,
     /// Sequences that wait for segments, outside the queue.
     num_outside: usize,
+    /// Sequences that waited when they were frozen.
+    num_shelved: usize,
     /// Whoever computes a segment that is not ready. Never iterated where order matters.
     makers: FxHashMap<SegmentId, Maker>,
     recipes: Recipes,
@@ -162,6 +80,16 @@ pub struct Core {
     extra_owners: Vec<u32>,
     records: [PlanRecord; 2],
     next_number: u64,
+    /// Blocks that are being sent to other engines, by the number that `export_stage` gave out.
+    exports: BTreeMap<u32, Vec<Hold>>,
+    next_hold: u32,
+    /// Requests that arrive from other engines, by ticket.
+    arrivals: BTreeMap<u32, Arrival>,
+    next_ticket: u32,
+    /// Running sequences whose rows no plan has announced yet.
+    num_arrived: usize,
+    /// The time of the last step.
+    now_ms: i64,
     /// Sequences in Ending or Preempting: their blocks come back without further preemption.
     num_leaving: usize,
     /// Grows when room may have appeared; a head that did not fit is not tried again before.
@@ -206,6 +134,7 @@ impl Core {
             free_slots: Vec::new(),
             waiting: BTreeSet::new(),
             num_outside: 0,
+            num_shelved: 0,
             makers: FxHashMap::default(),
             recipes: Recipes::default(),
             running: Vec::with_capacity(num_seqs),
@@ -213,6 +142,12 @@ impl Core {
             deadlines: BTreeSet::new(),
             extra_owners: vec![0; config.num_blocks as usize],
             next_number: 1,
+            exports: BTreeMap::new(),
+            next_hold: 0,
+            arrivals: BTreeMap::new(),
+            next_ticket: 0,
+            num_arrived: 0,
+            now_ms: 0,
             num_leaving: 0,
             room_epoch: 0,
             refused: None,
@@ -261,7 +196,9 @@ impl Core {
                 self.commit_plan(idx, arenas[idx]);
             }
         }
+        self.now_ms = now_ms;
         self.expire(now_ms);
+        self.expire_arrivals(now_ms);
         self.sweep();
 
         let [first, second] = arenas;
@@ -270,11 +207,13 @@ impl Core {
         let mut record = std::mem::take(&mut self.records[arena_idx]);
         record.number = self.next_number;
         self.next_number += 1;
+        self.announce(&mut plan);
         self.schedule(&mut plan, &mut record);
         self.report(&mut plan);
         record.num_tokens = plan.num_tokens() as u32;
-        let wake =
-            self.deadlines.first().map_or(-1, |&(deadline, _)| (deadline - now_ms).clamp(0, i64::from(i32::MAX)));
+        let arrivals = self.arrivals.values().filter_map(|arrival| arrival.deadline_ms);
+        let next = self.deadlines.first().map(|&(deadline, _)| deadline).into_iter().chain(arrivals).min();
+        let wake = next.map_or(-1, |deadline| deadline.saturating_sub(now_ms).clamp(0, i64::from(i32::MAX)));
         plan.seal(plan_id(record.number), wake as i32, self.running.len(), self.waiting.len() + self.num_outside);
         self.records[arena_idx] = record;
         self.stats.steps_total += 1;

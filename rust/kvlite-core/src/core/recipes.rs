@@ -40,6 +40,11 @@ impl Recipe {
         (self.reused[0].0 / block_size) as usize
     }
 
+    /// How many tokens of a prompt it goes by.
+    pub fn tokens_len(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
     fn has(&self, tenant: TenantId, rule: &Rule) -> bool {
         self.tenant == tenant && self.rule.makes_the_same(rule)
     }

@@ -60,11 +60,8 @@ impl Core {
     pub(super) fn queue_choice(&mut self, parent: u32, choice: u32) {
         let mut fork = Sequence::forked_from(self.seq(parent), choice);
         fork.become_(Status::Waiting);
-        let (request, rank) = (fork.request, fork.rank);
-        let slot = self.place(fork);
-        let state = self.request_mut(request);
-        state.choices.push(slot);
-        state.num_present += 1;
+        let rank = fork.rank;
+        let slot = self.join(fork.request, fork);
         self.waiting.insert((rank, choice, slot));
     }
 }

@@ -53,6 +53,12 @@ pub struct CoreStats {
     pub discarded_tokens_total: u64,
     /// Plans that came back as failed.
     pub failed_plans_total: u64,
+    /// Requests that left for another engine.
+    pub migrations_out_total: u64,
+    /// Requests that came from another engine.
+    pub migrations_in_total: u64,
+    /// Reservations for requests of other engines that were cancelled or expired.
+    pub imports_cancelled_total: u64,
     /// Ends of choices by `FinishReason`.
     pub finished_total: [u64; 5],
 }
@@ -63,7 +69,7 @@ impl Core {
         let counts = self.cache.counts();
         CoreStats {
             num_running: self.running.len(),
-            num_waiting: self.waiting.len() + self.num_outside,
+            num_waiting: self.waiting.len() + self.num_outside + self.num_shelved,
             num_requests: self.by_handle.len(),
             free_blocks: counts.free,
             cached_blocks: counts.cached,
