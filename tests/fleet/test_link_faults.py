@@ -13,6 +13,7 @@ import pytest
 from kvlite.fleet.dial import shake_hands
 from kvlite.fleet.tcp import Wire
 from kvlite.fleet.wire import (
+    HEADER_BYTES,
     MAGIC,
     Channel,
     CutFrameError,
@@ -20,9 +21,11 @@ from kvlite.fleet.wire import (
     ForeignEnvelopeError,
     ForgedFrameError,
     Inner,
+    Limits,
     LinkClosedError,
     LinkDownError,
     LinkError,
+    Opener,
     OversizedError,
     Sealer,
     SequenceError,
@@ -165,6 +168,51 @@ def test_an_end_with_the_key_that_speaks_wrongly_is_cut_off_by_name(name: str) -
             await drain(link)
         assert type(link.ended) is error
         wire.close()
+
+    run(main())
+
+
+def test_no_bit_of_a_frame_may_change_and_no_frame_may_be_missing_or_doubled() -> None:
+    limits = Limits(1 << 10, 1 << 10, 1 << 12)
+
+    def read(parts: list[bytes]) -> None:
+        opener = Opener(bytes(32), limits)
+        for part in parts:
+            opener.frame(opener.header(part[:HEADER_BYTES]), part[HEADER_BYTES:])
+
+    sealer = Sealer(bytes(32))
+    frames = [b"", b"one", b"two" * 9]
+    whole = [sealer.header(Channel.MIGRATION, frame, len(frame)) + frame for frame in frames]
+    read(whole)
+    for bit in range(8 * len(whole[2])):
+        changed = bytearray(whole[2])
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(EnvelopeError):
+            read([*whole[:2], bytes(changed)])
+    for wrong in ([*whole[:2], whole[1]], whole[1:], [whole[0], whole[2]], [whole[0], whole[2], whole[1]]):
+        with pytest.raises(SequenceError):
+            read(wrong)
+    with pytest.raises(ForgedFrameError):
+        Opener(b"\1" * 32, limits).header(whole[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_peer_said_before_it_died_is_read_though_nothing_can_be_written(kind: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(kind, tmp_path, two=config(1, inbox_bytes_limit=1 << 10)) as (one, two):
+            for number in range(100):
+                await one.send(Channel.CONTROL, bytes([number]) * 2000)
+            while one._outbox or one._sending:
+                await one._went.wait()
+            one._finish(LinkDownError("killed"))
+            found = [(await anext(two))[1][0]]
+            with pytest.raises(LinkDownError):
+                while True:
+                    await two.send(Channel.CONTROL, bytes(1 << 16))
+            with pytest.raises(LinkDownError):
+                async for _, frame, _ in two:
+                    found.append(frame[0])
+            assert found == list(range(100))
 
     run(main())
 

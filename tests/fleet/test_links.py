@@ -279,7 +279,9 @@ def test_throttled_links_deliver_the_same(kind: str, tmp_path: Path) -> None:
 
     async def main() -> None:
         large = {"window_bytes": 1 << 20}
-        async with pair(kind, tmp_path, config(0, bytes_per_s_limit=5e6, **large), config(1, **large)) as (one, two):
+        async with pair(
+            kind, tmp_path, config(0, bytes_per_s_limit=5e6, payload_bytes_limit=1 << 18, **large), config(1, **large)
+        ) as (one, two):
             for _ in range(3):
                 await one.send(Channel.MIGRATION, b"x", memoryview(payload))
                 assert await take(two, 1) == [(Channel.MIGRATION, b"x", payload)]
@@ -315,6 +317,7 @@ def test_a_window_never_hands_out_bytes_twice_and_halves_always_fit() -> None:
         ({"window_bytes": 1 << 40}, "window_bytes"),
         ({"frame_bytes_limit": 1}, "frame_bytes_limit"),
         ({"bytes_per_s_limit": 0.0}, "bytes_per_s_limit"),
+        ({"bytes_per_s_limit": 1e6, "payload_bytes_limit": 1 << 24}, "half of timeout_s"),
         ({"stall_s": float("nan")}, "stall_s"),
     ],
 )

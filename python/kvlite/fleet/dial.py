@@ -143,8 +143,12 @@ class Listener:
             link = await shake_hands(sock, self._config, ANYBODY, caller=False)
         except LinkError as error:
             self._on_refused(error)
-        else:
+            return
+        try:
             self._on_link(link)
+        except BaseException:
+            link.close()
+            raise
 
 
 async def shake_hands(sock: socket.socket, config: LinkConfig, peer: int = ANYBODY, *, caller: bool) -> Link:
@@ -162,6 +166,9 @@ async def shake_hands(sock: socket.socket, config: LinkConfig, peer: int = ANYBO
     except CutFrameError:
         wire.close()
         raise HandshakeError("the other side left during the handshake: has it another fleet key or model?") from None
+    except OSError as error:
+        wire.close()
+        raise HandshakeError(f"the handshake failed: {error}") from None
     except BaseException:
         wire.close()
         raise

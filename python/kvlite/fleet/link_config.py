@@ -50,6 +50,8 @@ class LinkConfig:
         limit = self.bytes_per_s_limit
         if limit is not None and not 1e3 <= limit <= 1e12:
             raise ConfigError("bytes_per_s_limit", f"{limit:g} is out of range: must be between 1e3 and 1e12")
+        if limit is not None and self.payload_bytes_limit / limit > self.timeout_s / 2:
+            raise ConfigError("bytes_per_s_limit", f"{limit:g}: one payload would take longer than half of timeout_s")
         if self.timeout_s < 2 * self.heartbeat_s:
             raise ConfigError("timeout_s", f"{self.timeout_s:g} must be at least twice heartbeat_s")
 

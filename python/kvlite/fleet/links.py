@@ -18,7 +18,7 @@ import numpy as np
 
 from kvlite.fleet.link_config import LinkConfig
 from kvlite.fleet.tcp import Wire
-from kvlite.fleet.traffic import RATED_BYTES, Outgoing, Payloads, Rate, Received
+from kvlite.fleet.traffic import RATED_BYTES, Outgoing, Payloads, Rate, Received, Signal
 from kvlite.fleet.wire import (
     HEADER_BYTES,
     Channel,
@@ -26,6 +26,7 @@ from kvlite.fleet.wire import (
     Inner,
     Limits,
     LinkClosedError,
+    LinkDownError,
     LinkError,
     Opener,
     OutboxFullError,
@@ -70,7 +71,7 @@ class Link:
         self._inbox: deque[Received] = deque()
         self._unreleased: deque[Received] = deque()
         self._outbox_bytes = self._inbox_bytes = 0
-        self._changed: set[asyncio.Future[None]] = set()
+        self._to_write, self._to_take, self._went = Signal(), Signal(), Signal()
         self._current: Received | None = None
         self._urgent: deque[Outgoing] = deque()
         self._sending: Outgoing | None = None
@@ -79,6 +80,7 @@ class Link:
         self._wrote = False
         self._rate = Rate()
         self._end: LinkError | None = None
+        self._unwritable: LinkError | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, payloads: Payloads) -> None:
@@ -107,7 +109,7 @@ class Link:
         """
         outgoing = self._outgoing(channel, frame, payload)
         while not self._fits(outgoing):
-            await self._wait()
+            await self._wait(self._went)
         self._put(outgoing)
         if outgoing.gone is not None:
             try:
@@ -139,10 +141,10 @@ class Link:
         while not self._inbox:
             if isinstance(self._end, LinkClosedError):
                 raise StopAsyncIteration
-            await self._wait()
+            await self._wait(self._to_take)
         received = self._inbox.popleft()
         self._inbox_bytes -= received.size
-        self._notify()
+        self._went.notify()
         self._current = received if received.payload is not None else None
         assert isinstance(received.channel, Channel)
         return received.channel, received.frame, received.payload
@@ -164,7 +166,8 @@ class Link:
             self._put(Outgoing(Inner.PROBE, b"", (memoryview(bytes(num_bytes)),), num_bytes, gone))
             await gone
         while self._out_window.num_taken:
-            await self._wait()
+            self._check_writable()
+            await self._went.wait()
         return self.bytes_per_s
 
     async def finish(self, timeout_s: float = 1.0) -> None:
@@ -172,7 +175,7 @@ class Link:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._end is None and (self._outbox or self._urgent or self._sending is not None):
-                    await self._wait()
+                    await self._wait(self._went)
         except (TimeoutError, LinkError):
             self._finish(LinkClosedError(f"the link to {self.peer} was closed before everything was written"))
         self.close()
@@ -185,8 +188,7 @@ class Link:
         self._drop_inbox()
 
     def _outgoing(self, channel: Channel, frame: bytes, payload: Payload | None) -> Outgoing:
-        if self._end is not None:
-            raise self._again()
+        self._check_writable()
         if len(frame) > self.limits.frame:
             raise OversizedError(f"a frame has {len(frame)} bytes, must be at most {self.limits.frame}")
         if payload is None:
@@ -202,15 +204,15 @@ class Link:
         return not self._outbox or self._outbox_bytes + outgoing.size <= self._config.outbox_bytes_limit
 
     def _put(self, outgoing: Outgoing) -> None:
-        if self._end is not None:
-            raise self._again()
+        self._check_writable()
         self._outbox.append(outgoing)
         self._outbox_bytes += outgoing.size
-        self._notify()
+        self._to_write.notify()
 
     def _put_urgent(self, outgoing: Outgoing) -> None:
-        self._urgent.append(outgoing)
-        self._notify()
+        if self._unwritable is None:
+            self._urgent.append(outgoing)
+            self._to_write.notify()
 
     def _release(self, received: Received) -> None:
         """Payloads go back in order: those behind one that is kept wait for it."""
@@ -225,33 +227,25 @@ class Link:
         if count and self._end is None:
             self._put_urgent(Outgoing(Inner.RELEASE, _COUNT.pack(count)))
 
-    async def _wait(self) -> None:
+    async def _wait(self, signal: Signal) -> None:
         """Until something changed. Raises the link's end."""
         if self._end is not None:
-            raise self._again()
-        changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changed.add(changed)
-        try:
-            await changed
-        finally:
-            self._changed.discard(changed)
+            raise _again(self._end)
+        await signal.wait()
 
-    def _notify(self) -> None:
-        for changed in self._changed:
-            if not changed.done():
-                changed.set_result(None)
-
-    def _again(self) -> LinkError:
-        """The end as a new error: one that is raised twice would collect tracebacks."""
-        assert self._end is not None
-        return type(self._end)(*self._end.args)
+    def _check_writable(self) -> None:
+        if self._unwritable is not None:
+            raise _again(self._unwritable)
 
     async def _run(self, part: Callable[[], Coroutine[None, None, None]]) -> None:
         """A part of the link whose end is the link's."""
         try:
             await part()
         except LinkError as error:
-            self._finish(error)
+            if part == self._write and type(error) is LinkDownError:
+                self._stop_writing(error)  # what the peer said before it died can still be read
+            else:
+                self._finish(error)
         except Exception as error:  # ours: whoever waits on this link must hear of it
             self._finish(LinkError(f"the link to {self.peer} failed: {error!r}"))
 
@@ -265,22 +259,28 @@ class Link:
         for task in tasks:
             if task is not current:
                 task.cancel()
+        self._unreleased.clear()
+        self._wire.close()
+        self._stop_writing(error)
+        self._to_take.notify()
+
+    def _stop_writing(self, error: LinkError) -> None:
+        if self._unwritable is None:
+            self._unwritable = error.with_traceback(None)
         for outgoing in (*self._outbox, *([self._sending] if self._sending else [])):
             if outgoing.gone is not None and not outgoing.gone.done():
-                outgoing.gone.set_exception(self._again())
+                outgoing.gone.set_exception(_again(error))
                 outgoing.gone.exception()  # marks it as seen: its sender may be gone
         self._outbox.clear()
         self._urgent.clear()
         self._outbox_bytes = 0
-        self._unreleased.clear()
-        self._wire.close()
-        self._notify()
+        self._sending = None
+        self._went.notify()
 
     def _drop_inbox(self) -> None:
         self._inbox.clear()
         self._inbox_bytes = 0
         self._current = None
-        self._notify()
 
     async def _write(self) -> None:
         payloads = self._payloads
@@ -303,7 +303,7 @@ class Link:
             self._sending = None
             if first.gone is not None and not first.gone.done():
                 first.gone.set_result(None)
-            self._notify()
+            self._went.notify()
 
     async def _next(self) -> tuple[Outgoing, int]:
         """What is written next, and where its payload goes. What is urgent passes a payload that waits for room."""
@@ -316,7 +316,7 @@ class Link:
                 self._blocked = offset is None
                 if offset is not None:
                     return self._pop(), offset
-            await self._wait()
+            await self._to_write.wait()
 
     def _pop(self) -> Outgoing:
         outgoing = self._outbox.popleft()
@@ -331,7 +331,7 @@ class Link:
         assert payloads is not None
         while True:
             while self._inbox_bytes >= self._config.inbox_bytes_limit:
-                await self._wait()
+                await self._wait(self._went)
             header = self._opener.header(await self._wire.read(HEADER_BYTES, inside=False))
             frame = await self._wire.read(header.frame_len, inside=True)
             self._opener.frame(header, frame)
@@ -349,7 +349,7 @@ class Link:
         if isinstance(received.channel, Channel):
             self._inbox.append(received)
             self._inbox_bytes += received.size
-            self._notify()
+            self._to_take.notify()
         elif received.channel is Inner.RELEASE:
             self._released(received.frame)
         elif received.channel is Inner.GOODBYE:
@@ -366,7 +366,8 @@ class Link:
         for _ in range(count):
             self._out_window.release()
             self._rate.released(asyncio.get_running_loop().time())
-        self._notify()
+        self._to_write.notify()
+        self._went.notify()
 
     async def _beat(self) -> None:
         """Counts beats, not time: a loop of our own that was held up must not blame the peer."""
@@ -385,3 +386,8 @@ class Link:
             if self._blocked_beats * beat_s >= self._config.stall_s:
                 waited = f"{self._config.stall_s:g} s"
                 raise StalledPeerError(f"peer {self.peer} lives but has used up no payload for {waited}")
+
+
+def _again(error: LinkError) -> LinkError:
+    """The same as a new error: one that is raised twice would collect tracebacks."""
+    return type(error)(*error.args)

@@ -50,6 +50,7 @@ class Wire:
     def __init__(self, sock: socket.socket, *, stall_s: float, bytes_per_s_limit: float | None = None) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
         self.stall_s = stall_s
         self.throttle = Throttle(bytes_per_s_limit) if bytes_per_s_limit else None
@@ -130,8 +131,8 @@ class Wire:
         """Twice is fine. Whoever waits must be cancelled first."""
         if not self._closed:
             self._closed = True
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
             self._sock.close()
 
     async def _receive(self, view: memoryview, inside: bool) -> int:
@@ -176,14 +177,14 @@ class Wire:
         except TimeoutError:
             raise StalledPeerError(f"the other side lives but took nothing for {self.stall_s:g} s") from None
 
-    async def _ready(self, add: Callable[..., Any], remove: Callable[[socket.socket], Any]) -> None:
+    async def _ready(self, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
-        add(self._sock, _set, ready)
+        add(self._fd, _set, ready)
         try:
             await ready
         finally:
             if not self._closed:
-                remove(self._sock)
+                remove(self._fd)
 
 
 class InlinePayloads:

@@ -34,6 +34,28 @@ class Payloads(Protocol):
         ...
 
 
+class Signal:
+    """Wakes whoever waits for one kind of change; each looks again by itself."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        """Something changed."""
+        for changed in self._waiting:
+            if not changed.done():
+                changed.set_result(None)
+
+    async def wait(self) -> None:
+        """Until the next `notify`."""
+        changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(changed)
+        try:
+            await changed
+        finally:
+            self._waiting.discard(changed)
+
+
 @dataclass(eq=False)
 class Outgoing:
     """A frame to write."""
