@@ -74,6 +74,7 @@ class Importer:
             hit_blocks = await self._make_room(arriving, packed)
         except (InvalidRequestError, CapacityError, EngineClosedError) as error:
             reason = str(error)
+            self.drop(request, attempt)
             return lambda machine, now: machine.refused(request, attempt, reason, now)
         return lambda machine, now: machine.reserved(request, attempt, hit_blocks, now)
 
@@ -132,7 +133,7 @@ class Importer:
                 await self._engine.call(lambda engine: engine.migration.import_cancel(ticket))
 
     def commit(self, request: int, attempt: int, epoch: int, packed: bytes) -> None:
-        """The request was granted: it lives here from now on, or the front-end hears that it does not."""
+        """The request was granted: it lives here from now on, or the front-end hears that there is no place for it."""
         arriving = self._get(request, attempt)
         assert arriving is not None and arriving.begun is not None, "what was granted had been reserved"
         del self._arriving[request]
@@ -147,7 +148,7 @@ class Importer:
 
         async def start() -> RawStream:
             if final is None:
-                raise EngineClosedError("the tail of a move cannot be read")
+                raise CapacityError("the tail of a move cannot be read")
             return await self._arrive(ticket, final)
 
         self._live.begin(request, epoch, lengths, start)
@@ -167,7 +168,7 @@ class Importer:
         try:
             return await self._engine.adopt(lambda engine: engine.resume(final.request, outputs), num_choices)
         except KvliteError as error:
-            raise EngineClosedError(f"a granted request found no place: {error}") from error
+            raise CapacityError(f"a granted request found no place: {error}") from error
 
     def _get(self, request: int, attempt: int) -> _Arriving | None:
         arriving = self._arriving.get(request)

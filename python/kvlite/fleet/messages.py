@@ -91,7 +91,7 @@ def decode_setup(line: bytes) -> Setup:
     """What the launcher wrote. Raises MessageError."""
     try:
         return msgspec.json.decode(line, type=Setup)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError) as error:
         raise MessageError(f"the setup of a worker cannot be read: {error}") from None
 
 
@@ -369,7 +369,7 @@ def decode_from_owner(frame: bytes | memoryview) -> list[FromOwner]:
     """What the front-end sent. Raises MessageError."""
     try:
         return _from_owner.decode(frame)
-    except (msgspec.DecodeError, KvliteError) as error:
+    except (msgspec.DecodeError, ValueError, KvliteError) as error:
         raise MessageError(f"a control frame of the front-end cannot be read: {error}") from None
 
 
@@ -377,5 +377,5 @@ def decode_from_worker(frame: bytes | memoryview) -> list[FromWorker]:
     """What a worker sent. Raises MessageError."""
     try:
         return _from_worker.decode(frame)
-    except (msgspec.DecodeError, KvliteError) as error:
+    except (msgspec.DecodeError, ValueError, KvliteError) as error:
         raise MessageError(f"a control frame of a worker cannot be read: {error}") from None

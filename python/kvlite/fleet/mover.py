@@ -85,10 +85,10 @@ class Mover:
         self._carry_out(self._machine.tick(now_ms()))
 
     def _carry_out(self, effects: Effects) -> None:
-        """In order, as far as one move is concerned; then the alarm is set anew."""
+        """In order, but figures of moves that are over first: they go out before the machine's word on them."""
         if self._closed:
             return
-        for effect in effects:
+        for effect in sorted(effects, key=lambda effect: effect[0] != EffectKind.DONE):
             kind = EffectKind(effect[0])
             log.debug("effect %s %s", kind.name, effect[1:4])
             match kind:
@@ -140,7 +140,7 @@ class Mover:
                 self._queue((request, False), lambda: importer.cancel(arriving), None)
 
     def _done(self, request: int, attempt: int, result: int, stages: int, blocks: int, reason: str) -> None:
-        """The figures go to the front-end before the machine's own word, which follows."""
+        """The move is over at its source."""
         leaving = self._exporter.end(request, attempt)
         log.info("move of request %d, attempt %d: %s %s", request, attempt, MoveResult(result).name.lower(), reason)
         if leaving is None:

@@ -89,8 +89,8 @@ class Worker:
         """Until the front-end says shutdown or its link ends. Raises EngineError when the engine breaks, LinkError when
         the front-end cannot be reached, OSError or ConfigError when nobody can listen at `setup.listen`.
         """
-        link = await connect(self._setup.owner, self._owner_config(), OWNER)
-        uplink = Uplink(link)
+        link = self._link = await connect(self._setup.owner, self._owner_config(), OWNER)
+        uplink = self._uplink = Uplink(link)
         self._live = LiveRequests(self._engine, uplink)
         self._peers = PeerLinks(
             self._config,

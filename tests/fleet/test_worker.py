@@ -1,0 +1,232 @@
+"""Workers in one process behind the real front-end: a request moves while its client reads, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kvlite import FinishReason, InvalidRequestError
+from kvlite.fleet.moves import MoveConflictError, MoveHow
+from tests.engines import essence, ids, pool_of
+from tests.fleet.small_fleet import GREEDY, SEEDED, TIMEOUT_S, Fleet, alone, fleet, run
+
+PROMPT = ids(50, 3)
+LONG = replace(GREEDY, max_tokens=180)
+MIDDLE = replace(SEEDED, max_tokens=100)
+SHORT = replace(GREEDY, max_tokens=2)
+STYLES = {
+    "greedy": GREEDY,
+    "seeded, with log-probabilities": replace(SEEDED, logprobs=3),
+    "penalties": replace(SEEDED, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3),
+    "three choices": replace(SEEDED, n=3, logprobs=1),
+    "prompt log-probabilities": replace(GREEDY, prompt_logprobs=2),
+}
+
+
+@pytest.mark.parametrize("how", [MoveHow.COPY, MoveHow.REPLAY])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_request_that_moves_gives_what_it_gives_alone(style: str, how: MoveHow) -> None:
+    (expected,) = alone(PROMPT, STYLES[style])
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(PROMPT, STYLES[style])
+            await reader.until(5)
+            moving = asyncio.create_task(made.front.move("r", 1, how))
+            output = await reader.finish()
+            report = await moving
+            assert report.result == "moved", report.reason
+            assert essence(output) == essence(expected)
+            await made.settled()
+
+    run(main())
+
+
+def test_a_request_that_moves_to_and_fro_until_it_ends_changes_no_bit() -> None:
+    params = replace(SEEDED, n=2, logprobs=2, max_tokens=80)
+    (expected,) = alone(PROMPT, params)
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(PROMPT, params)
+            reading = asyncio.create_task(reader.finish())
+            moved = 0
+            while not reading.done():
+                owner = made.where()
+                if owner is None:
+                    break
+                moved += await _try_move(made, 1 - owner[0])
+            assert essence(await reading) == essence(expected)
+            assert moved >= 3
+            await made.settled()
+
+    run(main())
+
+
+async def _try_move(made: Fleet, to: int, name: str = "r") -> bool:
+    try:
+        return (await made.front.move(name, to, MoveHow.COPY)).moved
+    except (InvalidRequestError, MoveConflictError):
+        return False
+
+
+def test_many_requests_move_at_once_beside_others_that_stay() -> None:
+    prompts = [ids(20 + 7 * n, n) for n in range(6)]
+    expected = [alone(prompt, SEEDED)[0] for prompt in prompts]
+
+    async def main() -> None:
+        async with fleet() as made:
+            readers = [await made.stream(prompt, SEEDED, f"r{n}") for n, prompt in enumerate(prompts)]
+            reading = [asyncio.create_task(reader.finish()) for reader in readers]
+            owners = [made.where(f"r{n}") for n in range(4)]
+            moving = [_try_move(made, 1 - owner[0], f"r{n}") for n, owner in enumerate(owners) if owner is not None]
+            assert sum(await asyncio.gather(*moving)) >= 3
+            outputs = await asyncio.gather(*reading)
+            assert [essence(output) for output in outputs] == [essence(output) for output in expected]
+            await made.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", [MoveHow.COPY, MoveHow.REPLAY])
+def test_a_destination_without_room_refuses_and_the_request_goes_on(how: MoveHow) -> None:
+    (expected,) = alone(PROMPT, SEEDED)
+
+    async def main() -> None:
+        async with fleet(kv_cache_bytes=pool_of(12), max_num_waiting=1) as made:
+            reader = await made.stream(PROMPT, SEEDED)
+            others = [await made.stream(ids(60, n), LONG, f"o{n}") for n in range(3)]
+            report = await made.front.move("r", 1, how)
+            assert report.result == "refused" and report.reason
+            assert made.where() == (0, 0)
+            assert essence(await reader.finish()) == essence(expected)
+            for other in others:
+                await other.deltas.aclose()
+            await made.settled()
+
+    run(main())
+
+
+def test_a_request_that_waits_moves_to_where_there_is_room() -> None:
+    (expected,) = alone(PROMPT, SEEDED)
+
+    async def main() -> None:
+        async with fleet(max_num_seqs=1, max_num_batched_tokens=64) as made:
+            first = await made.stream(ids(20, 1), LONG, "first")
+            second = await made.stream(ids(20, 2), SHORT, "second")
+            reading = asyncio.create_task(made.stream(PROMPT, SEEDED))
+            await second.finish()
+            report = await made.front.move("r", 1)
+            assert report.result == "moved", report.reason
+            assert essence(await (await reading).finish()) == essence(expected)
+            await first.deltas.aclose()
+            await made.settled()
+
+    run(main())
+
+
+STEPS = ["move", "prepare", "reserved", "blocks", "ack", "tail", "claim", "granted", "revoked"]
+IMPATIENT: dict[str, Any] = {"reserve_s": 0.5, "ack_s": 0.3, "freeze_s": 0.3, "claim_s": 0.1}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_frame_that_is_lost_costs_nothing(step: str) -> None:
+    """Only frames between engines and claims may be lost on links that live; the machine asks again or gives up."""
+    (expected,) = alone(PROMPT, MIDDLE)
+
+    async def main() -> None:
+        async with fleet(setup=IMPATIENT) as made:
+            lost = made.at(step, lose=True)
+            reader = await made.stream(PROMPT, MIDDLE)
+            moving = asyncio.create_task(_try_move(made, 1))
+            output = await reader.finish()
+            assert lost.is_set() and essence(output) == essence(expected)
+            await asyncio.wait([moving], timeout=0 if step == "move" else TIMEOUT_S)
+            moving.cancel()
+            await made.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_links_that_break_at_any_step_cost_nothing(step: str) -> None:
+    (expected,) = alone(PROMPT, MIDDLE)
+
+    async def main() -> None:
+        async with fleet(setup=IMPATIENT) as made:
+            broken = made.at(step, made.cut)
+            reader = await made.stream(PROMPT, MIDDLE)
+            moving = asyncio.create_task(_try_move(made, 1))
+            output = await reader.finish()
+            assert broken.is_set() and essence(output) == essence(expected)
+            await moving
+            await made.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_request_that_is_cancelled_at_any_step_leaves_nothing(step: str) -> None:
+    async def main() -> None:
+        async with fleet(setup=IMPATIENT) as made:
+            reached = made.at(step)
+            reader = await made.stream(PROMPT, LONG)
+            moving = asyncio.create_task(_try_move(made, 1))
+            await reached.wait()
+            await reader.deltas.aclose()
+            assert made.where() is None
+            await moving
+            await made.settled()
+
+    run(main())
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+@pytest.mark.parametrize("step", STEPS)
+def test_an_engine_that_dies_at_any_step_loses_no_token(step: str, engine: int) -> None:
+    (expected,) = alone(PROMPT, MIDDLE)
+
+    async def main() -> None:
+        async with fleet(setup=IMPATIENT) as made:
+            died = made.at(step, lambda: made.kill(engine))
+            reader = await made.stream(PROMPT, MIDDLE)
+            moving = asyncio.create_task(_try_move(made, 1))
+            output = await reader.finish()
+            assert died.is_set() and essence(output) == essence(expected)
+            await moving
+
+    run(main())
+
+
+def test_a_stop_string_may_begin_before_the_move_and_end_behind_it() -> None:
+    (whole,) = alone(PROMPT, GREEDY)
+    text = whole.text
+    stop = text[len(text) // 2 : len(text) // 2 + 6]
+    params = replace(GREEDY, stop=(stop,))
+    (expected,) = alone(PROMPT, params)
+    assert expected.outputs[0].finish_reason is FinishReason.STOP
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(PROMPT, params)
+            moving = asyncio.create_task(_try_move(made, 1))
+            assert essence(await reader.finish()) == essence(expected)
+            await moving
+            await made.settled()
+
+    run(main())
+
+
+def test_a_time_limit_holds_across_a_move() -> None:
+    async def main() -> None:
+        async with fleet(request_timeout_s=0.4) as made:
+            reader = await made.stream(PROMPT, LONG)
+            assert await _try_move(made, 1)
+            output = await reader.finish()
+            assert output.outputs[0].finish_reason is FinishReason.TIMEOUT
+            await made.settled()
+
+    run(main())
