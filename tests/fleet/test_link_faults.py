@@ -155,7 +155,7 @@ def test_an_end_with_the_key_that_speaks_wrongly_is_cut_off_by_name(name: str) -
             shake_hands(here, one_settings, caller=True), shake_hands(there, config(1), caller=False)
         )
         wire = bare(there.dup())
-        sealer = liar._sealer
+        sealer = liar._sender._sealer
         liar._finish(LinkClosedError("the test speaks now"))
         await say(sealer, wire)
         if "cut" in name:
@@ -200,10 +200,10 @@ def test_no_bit_of_a_frame_may_change_and_no_frame_may_be_missing_or_doubled() -
 def test_what_a_peer_said_before_it_died_is_read_though_nothing_can_be_written(kind: str, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(kind, tmp_path, two=config(1, inbox_bytes_limit=1 << 10)) as (one, two):
-            for number in range(100):
-                await one.send(Channel.CONTROL, bytes([number]) * 2000)
-            while one._outbox or one._sending:
-                await one._went.wait()
+            for number in range(50):
+                await one.send(Channel.CONTROL, bytes([number]) * 1000)
+            while not one._sender.is_idle:
+                await one._sender.went.wait()
             one._finish(LinkDownError("killed"))
             found = [(await anext(two))[1][0]]
             with pytest.raises(LinkDownError):
@@ -212,7 +212,7 @@ def test_what_a_peer_said_before_it_died_is_read_though_nothing_can_be_written(k
             with pytest.raises(LinkDownError):
                 async for _, frame, _ in two:
                     found.append(frame[0])
-            assert found == list(range(100))
+            assert found == list(range(50))
 
     run(main())
 
@@ -223,7 +223,7 @@ def test_a_length_is_believed_before_anything_is_allocated_only_with_a_right_mac
         link, liar = await asyncio.gather(
             shake_hands(here, config(0), caller=True), shake_hands(there, config(1), caller=False)
         )
-        header = bytearray(liar._sealer.header(Channel.CONTROL, b"", 0))
+        header = bytearray(liar._sender._sealer.header(Channel.CONTROL, b"", 0))
         header[16:20] = (1 << 20).to_bytes(4, "little")
         wire = bare(there.dup())
         liar._finish(LinkClosedError("the test speaks now"))

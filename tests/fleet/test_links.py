@@ -167,7 +167,7 @@ def test_a_send_that_is_cancelled_goes_out_whole_or_not_at_all(kind: str, tmp_pa
     async def main() -> None:
         async with pair(kind, tmp_path) as (one, two):
             sends = [asyncio.ensure_future(one.send(Channel.MIGRATION, bytes([n]), half)) for n in range(6)]
-            await round_trip(one, two)
+            await sends[0]
             for send in sends:
                 send.cancel()
             done = await asyncio.gather(*sends, return_exceptions=True)

@@ -203,9 +203,7 @@ async def _shake(wire: Wire, sock: socket.socket, config: LinkConfig, peer: int,
     if shares_memory and agreed.window:
         payloads = await exchange_memory(wire, sock, keys, agreed.window)
     wire.stall_s = config.stall_s
-    link = Link(wire, config, other.engine, agreed, keys)
-    link.start(payloads)
-    return link
+    return Link(wire, config, other.engine, agreed, keys, payloads)
 
 
 def _check_user(sock: socket.socket) -> None:

@@ -112,12 +112,14 @@ class Wire:
             else:
                 await self._send_all(pending)
 
-    def try_write(self, data: bytes) -> None:
-        """A last word; not said when the kernel has no room at once."""
+    def write_now(self, data: bytes) -> memoryview:
+        """What the kernel takes at once; returns the rest. Raises LinkDownError."""
         try:
-            self._sock.send(data)
-        except OSError:
-            return
+            return memoryview(data)[self._sock.send(data) :]
+        except (BlockingIOError, InterruptedError):
+            return memoryview(data)
+        except OSError as error:
+            raise LinkDownError(f"the link broke: {error}") from None
 
     async def ready_to_read(self) -> None:
         """Returns when the socket has something."""

@@ -74,6 +74,11 @@ class OversizedError(EnvelopeError):
     """A frame or payload is larger than the agreed limit, or exceeds the window."""
 
 
+def again(error: LinkError) -> LinkError:
+    """The end of a link as a new error: one that is raised twice would collect tracebacks."""
+    return type(error)(*error.args)
+
+
 class Channel(IntEnum):
     """What a frame speaks of: each has its own decoder."""
 
