@@ -7,10 +7,11 @@ worker.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from kvlite.async_engine import AsyncEngine
 from kvlite.documents import DocumentInfo
-from kvlite.errors import CapacityError, EngineClosedError, KvliteError
+from kvlite.errors import CapacityError, EngineClosedError, EngineError, KvliteError
 from kvlite.fleet.messages import (
     CancelOrder,
     CreateDocument,
@@ -28,6 +29,8 @@ from kvlite.reuse_types import Document
 ORDERS_MAX = 1024
 """At once."""
 
+log = logging.getLogger("kvlite.fleet")
+
 Order = CreateDocument | UpdateDocument | DeleteDocument | ListDocuments | Drain
 
 
@@ -37,7 +40,7 @@ class Orders:
     def __init__(self, engine: AsyncEngine, uplink: Uplink) -> None:
         self._engine = engine
         self._uplink = uplink
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._tasks: dict[int, asyncio.Task[Reply]] = {}
 
     def obey(self, message: Order | CancelOrder) -> None:
         """Begins an order, or ends one."""
@@ -50,22 +53,24 @@ class Orders:
             error = CapacityError(f"{ORDERS_MAX} orders are under way")
             self._uplink.post(Reply(message.order, False, failure=Failure.of(error)))
             return
-        self._tasks[message.order] = asyncio.ensure_future(self._answer(message))
+        task = self._tasks[message.order] = asyncio.ensure_future(self._carry_out(message))
+        task.add_done_callback(lambda done: self._answer(message.order, done))
 
     def close(self) -> None:
         """Ends every order."""
         for task in self._tasks.values():
             task.cancel()
 
-    async def _answer(self, message: Order) -> None:
-        try:
-            reply = await self._carry_out(message)
-        except KvliteError as error:
-            reply = Reply(message.order, False, failure=Failure.of(error))
-        except asyncio.CancelledError:
-            reply = Reply(message.order, False, failure=Failure.of(EngineClosedError("the order was cancelled")))
-        self._uplink.post(reply)
-        del self._tasks[message.order]
+    def _answer(self, order: int, done: asyncio.Task[Reply]) -> None:
+        del self._tasks[order]
+        error = EngineClosedError("the order was cancelled") if done.cancelled() else done.exception()
+        if error is None:
+            self._uplink.post(done.result())
+            return
+        if not isinstance(error, KvliteError):
+            log.error("order %d failed", order, exc_info=error)
+            error = EngineError(f"the order failed: {error!r}")
+        self._uplink.post(Reply(order, False, failure=Failure.of(error)))
 
     async def _carry_out(self, message: Order) -> Reply:
         engine, order = self._engine, message.order
