@@ -77,7 +77,7 @@ class Fleet:
             spy.wrap(worker._peers, "post")
             spy.wrap(worker._peers, "send")
             spy.wrap(worker._uplink, "post_frame")
-        for member in self.front._members.values():
+        for member in self.front.members.values():
             spy.wrap(member, "post_frame")
         return spy.seen
 
