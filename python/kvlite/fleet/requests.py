@@ -15,7 +15,7 @@ from typing import Any
 
 from kvlite import _core
 from kvlite.config import EngineConfig
-from kvlite.errors import CapacityError, EngineClosedError, InvalidRequestError
+from kvlite.errors import CapacityError, InvalidRequestError
 from kvlite.fleet.members import Member
 from kvlite.fleet.messages import Abort, Add, Ended, Finish, MessageError, Refused, Scores, Tokens
 from kvlite.fleet.moves import MoveReport, Moves
@@ -56,6 +56,8 @@ class Requests:
         """Set whenever a request ends."""
         self._orphans: set[int] = set()
         """Requests that wait for an engine to be replayed on."""
+        self._refused: set[int] = set()
+        """Replays that their new engine had no room for yet: it is asked again."""
         self._num_added = 0
 
     def start(self, request: ValidatedRequest, name: str) -> Stream:
@@ -104,6 +106,7 @@ class Requests:
         """Forgets a request; what anybody says of it later is dropped or denied."""
         del self.streams[stream.id]
         self._orphans.discard(stream.id)
+        self._refused.discard(stream.id)
         self.owner.remove(stream.id)
         for member in self._members.values():
             member.requests.discard(stream.id)
@@ -114,6 +117,7 @@ class Requests:
     def replay(self, request: int, preferred: int = -1) -> None:
         """Starts a request again, behind what its client has. Without an engine that can take it, it waits for one."""
         stream = self.streams.get(request)
+        self._refused.discard(request)
         if stream is None:
             return
         stream.settle()
@@ -187,14 +191,13 @@ class Requests:
             self.carry(self.owner.due())
 
     def refused(self, member: Member, message: Refused) -> None:
-        """An engine did not take a request: new ones fail, replayed ones try again when there is room."""
+        """An engine did not take a request, or gave it up: a replay without room is tried again, others fail."""
         stream = self.streams.get(message.request)
         if not self._speaks_for(member, message.request, message.epoch) or stream is None:
             return
-        member.requests.discard(message.request)
         error = message.failure.error()
-        if message.epoch and isinstance(error, CapacityError | EngineClosedError):
-            self._orphans.add(message.request)
+        if message.epoch and isinstance(error, CapacityError):
+            self._refused.add(message.request)
             return
         stream.fail(error)
         self.conclude(stream)
@@ -247,13 +250,18 @@ class Requests:
         """Replays those that waited for an engine, oldest first."""
         for request in sorted(self._orphans):
             self.replay(request)
+        for request in sorted(self._refused):
+            engine, epoch = self.owner.owner(request) or (-1, 0)
+            if engine in self._members:
+                self._refused.discard(request)
+                self._add(self.streams[request], self._members[engine], epoch, self.streams[request].outputs())
 
     def expire(self) -> None:
-        """What waits for time alone: orphans past their deadline, ends that an engine owes its report of."""
+        """What waits for time alone: those without an engine past their deadline, ends whose report is owed."""
         now = time.monotonic()
         self.place_orphans()
         for stream in list(self.streams.values()):
-            if stream.id in self._orphans and now >= stream.deadline:
+            if stream.id in self._orphans | self._refused and now >= stream.deadline:
                 stream.end_all(FinishReason.TIMEOUT)
                 self.conclude(stream)
             elif stream.ended_at is not None and now - stream.ended_at > LAST_WORD_S:
