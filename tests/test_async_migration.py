@@ -201,9 +201,9 @@ def test_a_raw_choice_ends_where_its_owner_says_and_the_others_go_on() -> None:
             pace = Paced(served)
             stream = await served.stream_raw(raw(served, params))
             deltas = [await pace.until(anext(stream)) for _ in range(6)]
-            assert await served.call(lambda engine: engine.finish(stream.handle, 1, 2)) is True
+            assert await pace.until(served.call(lambda engine: engine.finish(stream.handle, 1, 2))) is True
             with pytest.raises(InvalidRequestError, match="choice"):
-                await served.call(lambda engine: engine.finish(stream.handle, 2, 0))
+                await pace.until(served.call(lambda engine: engine.finish(stream.handle, 2, 0)))
             pace.open()
             deltas += await drained(stream)
             assert tokens(deltas, 0) == first

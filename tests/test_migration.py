@@ -70,7 +70,7 @@ def test_moving_back_and_forth_before_every_step_changes_no_bit(
 ) -> None:
     output, journey = travel(pair, request(pair, STYLES[style]), range(1, 1000))
     assert essence(output) == truth[style]
-    assert len(journey.reports) >= 6
+    assert len(journey.reports) >= 5
     assert output.usage.completion_tokens == sum(len(choice.token_ids) for choice in output.outputs)
 
 
@@ -199,21 +199,25 @@ def test_a_request_that_waits_moves_to_where_there_is_room(truth: dict[str, Any]
 
 
 @pytest.mark.parametrize("how", ["copy", "replay"])
-def test_a_preempted_request_moves(truth: dict[str, Any], how: How) -> None:
-    long = replace(GREEDY, max_tokens=100)
-    tight = CHUNKED | {"kv_cache_bytes": pool_of(11)}
+@pytest.mark.parametrize("num_choices", [1, 4])
+def test_a_preempted_request_moves(num_choices: int, how: How) -> None:
+    """One that waits again, and one of which some choices run."""
+    params = replace(SEEDED, max_tokens=40, n=num_choices)
     with engine(**CHUNKED) as free:
-        expected = essence(free.generate(PROMPT, long))
+        expected = essence(free.generate(ids(30, 3), params))
+    tight = CHUNKED | {"kv_cache_bytes": pool_of(12), "reserve_tokens": 0}
     with engine(**tight) as small, engine(**CHUNKED) as free:
-        rival = small.stream(ids(50, 8), long)
-        next(rival)
-        journey = Journey([small, free], small.validate(PROMPT, long))
+        rivals = [small.stream(ids(30, n), replace(GREEDY, max_tokens=40)) for n in range(2 if num_choices == 1 else 0)]
+        firsts = [next(rival) for rival in rivals]
+        journey = Journey([small, free], small.validate(ids(30, 3), params))
         while small.stats().num_preemptions == 0:
             journey.step()
             assert not journey.ended, "the pool is too large for this test"
         assert journey.move(how)
+        assert journey.reports[0].how == ("replay" if num_choices == 1 else how)
         assert essence(journey.finish()) == expected
-        assert len([id for delta in rival for id in delta.token_ids]) == 99
+        for rival, first in zip(rivals, firsts, strict=True):
+            assert sum(len(delta.token_ids) for delta in [first, *rival]) == 40
         assert_clean([small, free])
 
 

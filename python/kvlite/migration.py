@@ -116,6 +116,7 @@ class Migration:
         Full blocks only until the request is frozen. `skip_blocks`: leading prompt blocks that the destination has.
         The blocks keep their bytes until `transfer_done(hold)`; any thread may read them.
         """
+        self.tracked(handle)
         with _named():
             return self._core.export_stage(handle, skip_blocks)
 
@@ -126,6 +127,7 @@ class Migration:
 
     def export_left(self, handle: int) -> int:
         """Blocks that `export_stage` would give now."""
+        self.tracked(handle)
         with _named():
             return self._core.export_left(handle)
 
@@ -338,7 +340,8 @@ def _named() -> Generator[None]:
     try:
         yield
     except _core.InvalidArgument as error:
-        raise InvalidRequestError(getattr(error, "param", "request"), str(error)) from None
+        param = getattr(error, "param", "request")
+        raise InvalidRequestError("request" if param == "handle" else param, str(error)) from None
     except _core.CapacityError as error:
         raise CapacityError(str(error)) from None
 
