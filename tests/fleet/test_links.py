@@ -251,26 +251,31 @@ def test_the_speed_counts_from_the_later_of_start_and_release_before() -> None:
     assert rate.bytes_per_s == pytest.approx(1 << 20)
 
 
-def test_a_throttle_lets_pass_what_its_rate_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> float:
-        now = 10.0
+def test_a_throttle_is_a_line_that_catches_up_with_late_timers_and_saves_nothing_while_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> list[float]:
+        now, late = 10.0, 0.0
+        left: list[float] = []
         real = asyncio.sleep
 
         async def sleep(seconds: float) -> None:
             nonlocal now
-            now += seconds
+            now += seconds + late
             await real(0)
 
         throttle = Throttle(1000.0)
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
         monkeypatch.setattr(asyncio, "sleep", sleep)
-        for num_bytes in (1, 500, 4000, 499):
+        steps = ((1, 0.0, 0.0), (99, 0.0, 0.01), (5, 0.0, 0.0), (10, 0.0, 0.0), (100, 7.0, 0.0))
+        for num_bytes, idle, lateness in steps:
+            now, late = now + idle, lateness
             await throttle.take(num_bytes)
-        spent = now - 10.0
+            left.append(now - 10.0)
         monkeypatch.undo()
-        return spent
+        return left
 
-    assert run(main()) == pytest.approx(5.0 - Throttle.BURST_S)
+    assert run(main()) == pytest.approx([0.001, 0.110, 0.110, 0.115, 7.215])
 
 
 @pytest.mark.parametrize("kind", KINDS)

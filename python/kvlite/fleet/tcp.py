@@ -25,23 +25,29 @@ SPARE_BUFFERS = 4
 
 
 class Throttle:
-    """Token bucket; a bucket holds what flows in `BURST_S`. For measurements on a slower line than there is."""
+    """A line of so many bytes per second, for measurements: what is sent leaves when its last byte would.
 
-    BURST_S = 0.002
+    A timer that is late is made up for while more is waiting, so that the line is not slower than it says.
+    """
+
+    BACKLOG_S = 0.002
+    """Who comes back so soon was waiting: the line has not been idle."""
+    LATE_S_MAX = 0.1
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
-        self._level = 0.0
-        self._since = 0.0
+        self._free_s = 0.0
+        self._left_s = 0.0
 
     async def take(self, num_bytes: int) -> None:
-        """Returns once so many bytes may be sent."""
-        now = asyncio.get_running_loop().time()
-        full = self._bytes_per_s * self.BURST_S
-        self._level = min(full, self._level + (now - self._since) * self._bytes_per_s) - num_bytes
-        self._since = now
-        if self._level < 0:
-            await asyncio.sleep(-self._level / self._bytes_per_s)
+        """Returns once so many bytes have passed."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        earliest = now - self.LATE_S_MAX if now - self._left_s < self.BACKLOG_S else now
+        self._free_s = max(self._free_s, earliest) + num_bytes / self._bytes_per_s
+        if self._free_s > now:
+            await asyncio.sleep(self._free_s - now)
+        self._left_s = loop.time()
 
 
 class Wire:
