@@ -1,0 +1,378 @@
+"""`python -m bench migrate`: how long a client waits for its next token when its request moves to another engine.
+
+Physics. A request of L tokens has L k bytes of KV (k: bytes per token). A blocking copy stops it for L k / B at B bytes
+per second of the link; a replay for L / P at P tokens per second of prefill; both grow with L. A live copy decodes on
+while all but the last blocks travel and stops for one block, a round of messages and the wait for a step boundary at
+either side: about one step, whatever L. What the copies cost falls on the steps meanwhile, of the request itself and of
+its neighbours, because digests and copies take processor time that decoding wants.
+
+Setup. Two engine processes share two cores here: one computing thread each, pinned to a core of its own; the threads
+that copy, the front-end and this client take what time they find on both. See fleet.py. A gap is the longest time
+between two tokens that the client saw from the order until some tokens behind the move; `gap_steps` is it in median
+steps of the same stream outside its moves. `none` is the longest of as many steps without a move. Plain keys are live
+copies over shared memory; `_tcp` and `_gbit` (TCP throttled to 1 Gbit/s) name the others. Correctness first: the moved
+streams' tokens are the unmoved one's.
+
+Neighbours decode on both engines while a request of `neighbour_length` tokens leaves. A slow-down is the mean time
+between their tokens from the order to the first token at the destination over that before the order, minus 1;
+`neighbour_delay_ms` is what it added up to per neighbour and move. Intervals: bootstrap over moves, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from kvlite.config import EngineConfig
+from kvlite.fleet.moves import MoveHow, MoveReport
+from kvlite.models import ModelConfig, load_config
+
+from .embedded import prompts
+from .errors import BenchError
+from .fleet import SOURCE, TRANSPORTS, MovingFleet, Reader, Transport, opened
+from .limits import kv_bytes_per_token
+from .options import add_model_options, integers, model_directory, torch_dtype
+from .report import finish, origin
+
+BEFORE = 8
+"""Tokens before a move, after those of the start."""
+AFTER = 4
+"""Tokens behind a move that still belong to it."""
+ROOM = 512
+"""Tokens that a stream may have beside its prompt."""
+NEIGHBOURS = 2
+"""Per engine."""
+NEIGHBOUR_PROMPT = 64
+NEIGHBOUR_TOKENS = 4096
+DRAWS = 2000
+NAMES = {1024: "1k", 2048: "2k", 4096: "4k", 8192: "8k", 16384: "16k", 32768: "32k"}
+
+
+@dataclass(frozen=True)
+class Move:
+    """What one move was like for its client; seconds."""
+
+    gap_s: float
+    step_s: float
+    none_s: float
+    report: MoveReport
+
+    @property
+    def steps(self) -> float:
+        """The gap in median steps."""
+        return self.gap_s / self.step_s
+
+
+@dataclass
+class Streams:
+    """What clients got for one prompt, to be compared."""
+
+    prompt: list[int]
+    tokens: list[list[int]] = field(default_factory=list[list[int]])
+
+
+class Bench:
+    """One fleet, and what is done with it."""
+
+    def __init__(self, fleet: MovingFleet, transports: Sequence[Transport], kv_bytes: int, prompt: list[int]) -> None:
+        self.fleet = fleet
+        self.transports = transports
+        self._kv_bytes = kv_bytes
+        self._prompt = prompt
+        self._num_streams = 0
+
+    def read(self, prompt: list[int], num_tokens: int = ROOM) -> Reader:
+        """A new stream; on an idle fleet it begins at the source."""
+        self._num_streams += 1
+        return Reader(self.fleet.front, prompt, num_tokens, f"stream {self._num_streams}")
+
+    async def fill(self) -> float:
+        """Seconds to the first token of the whole prompt, of which all later ones are beginnings."""
+        start = time.perf_counter()
+        reader = self.read(self._prompt)
+        await reader.reached(1)
+        await reader.leave()
+        return time.perf_counter() - start
+
+    async def journey(self, length: int, transport: Transport, how: MoveHow, streams: Streams) -> Move:
+        """One stream that moves once."""
+        reader = self.read(self._prompt[:length])
+        await reader.reached(2 * BEFORE)
+        ordered, num_tokens = time.perf_counter(), len(reader.times)
+        report = await self.order(reader, transport, how)
+        await reader.reached(len(reader.times) + AFTER + BEFORE)
+        await reader.leave()
+        streams.tokens.append(reader.tokens)
+        return _seen(reader.times, ordered, num_tokens, report)
+
+    async def order(self, reader: Reader, transport: Transport, how: MoveHow) -> MoveReport:
+        """Moves a stream. Raises BenchError when it did not move, or not all of its KV."""
+        report = await self.fleet.front.move(reader.name, self.fleet.engine_of[transport.name], how)
+        if not report.moved or report.source != SOURCE:
+            raise BenchError(f"a move over {transport.text} ended with {report.result}: {report.reason}")
+        least = (report.tokens - BEFORE) * self._kv_bytes
+        if how is MoveHow.COPY and report.bytes < least:
+            raise BenchError(f"a move of {report.tokens} tokens took {report.bytes} bytes along, must be {least}")
+        return report
+
+    async def check(self, streams: Streams) -> int:
+        """Every stream must be the beginning of what the source alone says; returns how many tokens were compared."""
+        longest = max(map(len, streams.tokens))
+        reader = self.read(streams.prompt)
+        await reader.reached(longest)
+        await reader.leave()
+        for tokens in streams.tokens:
+            if tokens != reader.tokens[: len(tokens)]:
+                at = next(n for n, (one, other) in enumerate(zip(tokens, reader.tokens, strict=False)) if one != other)
+                raise BenchError(f"wrong before fast: token {at} of a moved stream of {len(streams.prompt)} tokens")
+        return sum(map(len, streams.tokens))
+
+
+def _seen(times: Sequence[float], ordered: float, num_tokens: int, report: MoveReport) -> Move:
+    """Gap, median step, and the longest of as many steps before the move; the first two tokens came together."""
+    steps = [after - before for before, after in pairwise(times)]
+    first = next(n for n, at in enumerate(times) if n >= report.tokens and at > ordered) - 1
+    last = next((n for n in range(first, len(steps)) if times[n + 1] > ordered + report.seconds), len(steps) - 1)
+    window = steps[first : last + AFTER]
+    calm = steps[2 : num_tokens - 1] + steps[last + AFTER :]
+    unmoved = steps[2 : num_tokens - 1][-len(window) :]
+    return Move(max(window), statistics.median(calm), max(unmoved), report)
+
+
+async def gaps(bench: Bench, length: int, options: argparse.Namespace, *, replays: bool) -> dict[str, Any]:
+    """Every way to move a request of `length` tokens: figures, after the gate."""
+    streams = Streams(bench._prompt[:length])
+    found: dict[tuple[str, str], list[Move]] = {}
+    for _ in range(options.rounds):
+        for transport in bench.transports:
+            for way in ("live", "blocking"):
+                bench.fleet.freeze_first(way == "blocking")
+                move = await bench.journey(length, transport, MoveHow.COPY, streams)
+                found.setdefault((way, transport.name), []).append(move)
+    bench.fleet.freeze_first(False)
+    if replays:
+        first = bench.transports[0]
+        found["replay", first.name] = [await bench.journey(length, first, MoveHow.REPLAY, streams)]
+    compared = await bench.check(streams)
+    return {f"gate_tokens_{_short(length)}": compared} | _figures(length, found)
+
+
+def _figures(length: int, found: dict[tuple[str, str], list[Move]]) -> dict[str, Any]:
+    name, figures = _short(length), dict[str, Any]()
+    for (way, transport), moves in found.items():
+        key = f"{name}{_suffix(transport)}" if way == "live" else f"{way}_{name}{_suffix(transport)}"
+        gap = statistics.median(move.gap_s for move in moves)
+        steps = statistics.median(move.steps for move in moves)
+        spread = max(move.gap_s for move in moves) - min(move.gap_s for move in moves)
+        last = moves[-1].report
+        figures |= {
+            f"gap_ms_{key}": round(gap * 1e3, 1),
+            f"gap_ms_{key}_spread": round(spread * 1e3, 1),
+            f"gap_steps_{key}": round(steps, 2),
+            f"bytes_{key}": last.bytes,
+            f"stages_{key}": last.stages,
+        }
+        if way == "live":
+            none = statistics.median(move.none_s for move in moves)
+            step = statistics.median(move.step_s for move in moves)
+            figures |= {
+                f"gap_none_ms_{key}": round(none * 1e3, 1),
+                f"gap_none_steps_{key}": round(statistics.median(m.none_s / m.step_s for m in moves), 2),
+                f"step_ms_{key}": round(step * 1e3, 1),
+                f"move_ms_{key}": round(statistics.median(m.report.seconds for m in moves) * 1e3, 1),
+            }
+        print(
+            f"{name:>5} {way:8} {transport:5} gap {gap * 1e3:9.1f} ms = {steps:7.2f} steps; {last.bytes / 1e6:7.1f} MB "
+            f"in {last.stages} stages, {last.seconds * 1e3:8.1f} ms", flush=True
+        )  # fmt: skip
+    for transport in {transport for way, transport in found if way == "live"}:
+        live = statistics.median(move.gap_s for move in found["live", transport])
+        for way in ("blocking", "replay"):
+            if (way, transport) in found:
+                other = statistics.median(move.gap_s for move in found[way, transport])
+                figures[f"x_{way}_{name}{_suffix(transport)}"] = round(other / live, 2)
+    return figures
+
+
+@dataclass(frozen=True)
+class Slowed:
+    """What one move was like for one neighbour: seconds per token before and meanwhile, and how many came meanwhile."""
+
+    before_s: float
+    meanwhile_s: float
+    num_tokens: int
+
+
+async def neighbours(bench: Bench, config: ModelConfig, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Slow-down of requests that stay, on both engines, while one of `length` tokens moves over each transport."""
+    figures: dict[str, Any] = {"neighbour_length": length, "neighbours": NEIGHBOURS, "neighbour_moves": options.moves}
+    for transport in bench.transports:
+        found = await _beside(bench, config, length, transport, options.moves)
+        slow, low, high = slow_down(found, random.Random(1))
+        delay = statistics.mean((one.meanwhile_s - one.before_s) * one.num_tokens for move in found for one in move)
+        name = _suffix(transport.name)
+        figures |= {
+            f"neighbour_slowdown_pct{name}": round(slow * 100, 1),
+            f"neighbour_slowdown_pct{name}_low": round(low * 100, 1),
+            f"neighbour_slowdown_pct{name}_high": round(high * 100, 1),
+            f"neighbour_delay_ms{name}": round(delay * 1e3, 1),
+        }
+        print(
+            f"neighbours over {transport.text}: {slow * 100:.1f} % slower while it moves "
+            f"[{low * 100:.1f}, {high * 100:.1f}], {delay * 1e3:.1f} ms per move in all", flush=True
+        )  # fmt: skip
+    return figures
+
+
+async def _beside(
+    bench: Bench, config: ModelConfig, length: int, transport: Transport, num_moves: int
+) -> list[list[Slowed]]:
+    """Per move, each neighbour; every other one is moved to the destination first."""
+    staying: list[Reader] = []
+    try:
+        for n, prompt in enumerate(prompts(config, 2 * NEIGHBOURS, NEIGHBOUR_PROMPT, seed=3)):
+            reader = bench.read(prompt, NEIGHBOUR_TOKENS)
+            staying.append(reader)
+            await reader.reached(1)
+            if n % 2:
+                await bench.order(reader, transport, MoveHow.COPY)
+        return [await _once(bench, length, transport, staying) for _ in range(num_moves)]
+    finally:
+        for reader in staying:
+            await reader.leave()
+
+
+async def _once(bench: Bench, length: int, transport: Transport, staying: Sequence[Reader]) -> list[Slowed]:
+    subject = bench.read(bench._prompt[:length])
+    await subject.reached(2)
+    since = time.perf_counter()
+    await subject.reached(2 + 2 * BEFORE)
+    ordered = time.perf_counter()
+    await bench.order(subject, transport, MoveHow.COPY)
+    over = time.perf_counter()
+    counts = [len(reader.times) for reader in staying]
+    for reader, count in zip(staying, counts, strict=True):
+        await reader.reached(count + 1)
+    await subject.leave()
+    return [_slowed(reader.times, since, ordered, over) for reader in staying]
+
+
+def _slowed(times: Sequence[float], since: float, ordered: float, over: float) -> Slowed:
+    """Whole steps: those that began before the order, and those that began while the move ran."""
+    steps = [(before, after - before) for before, after in pairwise(times) if after > before]
+    before = [step for at, step in steps if since <= at and at + step <= ordered]
+    meanwhile = [step for at, step in steps if at < over and at + step > ordered]
+    return Slowed(statistics.mean(before), statistics.mean(meanwhile), len(meanwhile))
+
+
+def slow_down(moves: Sequence[Sequence[Slowed]], draw: random.Random) -> tuple[float, float, float]:
+    """(mean, low, high) of the slow-down: time that tokens took meanwhile over what they would have taken, minus 1."""
+
+    def of(some: Sequence[Sequence[Slowed]]) -> float:
+        each = [one for move in some for one in move]
+        took = sum(one.meanwhile_s * one.num_tokens for one in each)
+        return took / sum(one.before_s * one.num_tokens for one in each) - 1
+
+    drawn = sorted(of(draw.choices(moves, k=len(moves))) for _ in range(DRAWS))
+    return of(moves), drawn[round(DRAWS * 0.025)], drawn[round(DRAWS * 0.975) - 1]
+
+
+def _short(length: int) -> str:
+    return NAMES.get(length, str(length))
+
+
+def _suffix(transport: str) -> str:
+    return "" if transport == "shm" else f"_{transport}"
+
+
+def ratios(lengths: Sequence[int], figures: dict[str, Any]) -> dict[str, Any]:
+    """The longest over the shortest, per transport: 1 is flat."""
+    low, high = _short(min(lengths)), _short(max(lengths))
+    names = [transport for transport in TRANSPORTS if f"gap_ms_{high}{_suffix(transport)}" in figures]
+    return {
+        f"gap_{high}_over_{low}{_suffix(name)}": round(
+            figures[f"gap_ms_{high}{_suffix(name)}"] / figures[f"gap_ms_{low}{_suffix(name)}"], 2
+        )
+        for name in names
+    }
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options. Raises BenchError."""
+    parser = argparse.ArgumentParser(prog="python -m bench migrate", description="moves of requests between engines")
+    add_model_options(parser)
+    parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192", help="tokens when it moves")
+    parser.add_argument("--replays", default="256,1024,8192", help="lengths that are also replayed; 0: none")
+    parser.add_argument("--rounds", type=int, default=3, help="moves of each kind")
+    parser.add_argument("--moves", type=int, default=10, help="moves beside neighbours, per transport; 0: none")
+    parser.add_argument("--neighbour-length", type=int, default=2048, help="tokens of the request that leaves them")
+    parser.add_argument("--transports", default=",".join(TRANSPORTS), help="separated by commas")
+    options = parser.parse_args(arguments)
+    options.transports = options.transports.split(",")
+    if unknown := set(options.transports) - set(TRANSPORTS):
+        raise BenchError(f"--transports {', '.join(unknown)}: some of {', '.join(TRANSPORTS)}")
+    if options.threads != parser.get_default("threads"):
+        raise BenchError("--threads: every engine has one here")
+    if options.rounds < 1:
+        raise BenchError(f"--rounds {options.rounds}: at least 1 is needed")
+    options.lengths = sorted(set(integers("--lengths", options.lengths)))
+    options.replays = [] if options.replays == "0" else integers("--replays", options.replays)
+    return options
+
+
+async def measure(options: argparse.Namespace, config: ModelConfig, kv_bytes: int) -> dict[str, Any]:
+    """Everything, in one fleet."""
+    transports = [TRANSPORTS[name] for name in options.transports]
+    longest = max(*options.lengths, options.neighbour_length if options.moves else 0)
+    settings = EngineConfig(
+        model=str(model_directory(options.model)),
+        dtype=str(torch_dtype(options.dtype)).removeprefix("torch."),  # pyright: ignore[reportArgumentType]
+        max_num_seqs=16,
+    )
+    room = (longest + ROOM + 2 * NEIGHBOURS * (NEIGHBOUR_PROMPT + NEIGHBOUR_TOKENS)) * kv_bytes
+    async with opened(settings, 2 * room, room, transports) as fleet:
+        [prompt] = prompts(config, 1, longest, seed=1)
+        bench = Bench(fleet, transports, kv_bytes, prompt)
+        seconds = await bench.fill()
+        print(f"{longest} tokens prefilled in {seconds:.1f} s; gaps between tokens at a move:", flush=True)
+        figures: dict[str, Any] = {"prefill_s": round(seconds, 1)}
+        warm = Streams(prompt)
+        for transport in transports:
+            await bench.journey(longest, transport, MoveHow.COPY, warm)
+        for length in options.lengths:
+            figures |= await gaps(bench, length, options, replays=length in options.replays)
+        figures |= ratios(options.lengths, figures)
+        if options.moves:
+            figures |= await neighbours(bench, config, options.neighbour_length, options)
+    return figures
+
+
+def main(arguments: list[str]) -> int:
+    """Every length, gate first; the last line is one JSON object."""
+    options = parse(arguments)
+    directory = model_directory(options.model)
+    config, _family = load_config(directory)
+    dtype = torch_dtype(options.dtype)
+    room = config.max_position_embeddings - ROOM
+    kept = [length for length in options.lengths if length <= room]
+    if len(kept) < len(options.lengths):
+        left_out = ", ".join(str(length) for length in options.lengths if length > room)
+        print(
+            f"left out: {left_out} tokens; the model has {config.max_position_embeddings} positions, {ROOM} for output"
+        )
+    if not kept:
+        raise BenchError(f"--lengths: none fits the {config.max_position_embeddings} positions of the model")
+    options.lengths, options.neighbour_length = kept, min(options.neighbour_length, max(kept))
+    figures: dict[str, Any] = origin() | {"model": directory.name, "dtype": str(dtype).removeprefix("torch.")}
+    figures |= {"engine_threads": 1, "rounds": options.rounds, "transports": options.transports}
+    figures["kv_bytes_per_token"] = kv_bytes_per_token(config, dtype)
+    figures |= asyncio.run(measure(options, config, figures["kv_bytes_per_token"]))
+    finish("migrate", figures, options.save)
+    return 0
