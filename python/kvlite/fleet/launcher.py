@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from kvlite.config import Device, EngineConfig, setting_of
-from kvlite.errors import ConfigError, ModelLoadError
+from kvlite.errors import ConfigError, KvliteError, ModelLoadError
 from kvlite.fleet.auth import FleetKey
 from kvlite.fleet.dial import Listener, listen
 from kvlite.fleet.frontend import FleetEngine
@@ -72,7 +72,10 @@ class Launcher:
         return None if worker is None or worker.process.returncode is not None else worker.process.pid
 
     async def start(self) -> None:
-        """Starts every engine and returns when all are up. Raises ModelLoadError: what the first that fails said."""
+        """Starts every engine and returns when all are up.
+
+        Raises ConfigError or ModelLoadError with what the first engine said that did not come up.
+        """
         silence_s = self._settings.silence_s
         config = LinkConfig(
             engine=OWNER, key=self._key, window_bytes=0, timeout_s=silence_s, heartbeat_s=min(0.5, silence_s / 4)
@@ -102,7 +105,7 @@ class Launcher:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self, engine: int) -> None:
-        """A new process of `engine`, until it is up. Raises ModelLoadError when it ends before."""
+        """A new process of `engine`, until it is up. Raises ConfigError or ModelLoadError when it ends before."""
         self._fleet.states[engine] = EngineState.STARTING
         worker = self._workers[engine] = await _Worker.spawn(self._setup(engine), self._key)
         up = asyncio.create_task(self._fleet.until_up(engine))
@@ -114,8 +117,7 @@ class Launcher:
             exited.cancel()
         if engine not in self._fleet.members:
             await worker.stop(0)
-            status, said = worker.process.returncode, worker.last_line
-            raise ModelLoadError(said or f"engine {engine} ended with status {status} before it was up")
+            raise _failure(engine, worker)
         worker.speak()
 
     async def _keep(self, engine: int) -> None:
@@ -141,7 +143,7 @@ class Launcher:
                 try:
                     await self._start(engine)
                     break
-                except ModelLoadError as error:
+                except (ConfigError, ModelLoadError) as error:
                     log.error("engine %d did not come up: %s", engine, error)
 
     def _setup(self, engine: int) -> Setup:
@@ -275,6 +277,15 @@ def divided(config: EngineConfig, num_engines: int) -> EngineConfig:
             raise ConfigError("kv_cache_bytes", f"must be given when {num_engines} engines share a GPU: what each gets")
         values["kv_cache_bytes"] = max(2 * cache_budget_bytes(None, torch.device("cpu")) // max(num_engines, 2), 1)
     return EngineConfig(**values)
+
+
+def _failure(engine: int, worker: _Worker) -> KvliteError:
+    """Why an engine did not come up: what it said last, as the error that it is when it names a setting."""
+    said = worker.last_line
+    field, _, message = said.partition(": ")
+    if message and field in {item.name for item in fields(EngineConfig)}:
+        return ConfigError(field, message)
+    return ModelLoadError(said or f"engine {engine} ended with status {worker.process.returncode} before it was up")
 
 
 def _fate(status: int | None) -> str:
