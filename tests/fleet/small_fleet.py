@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from kvlite import Delta, Engine, RequestOutput, SamplingParams
@@ -54,6 +53,10 @@ class Fleet:
     def hurry(self) -> None:
         """Engines are as fast as they can be from now on."""
         self._hurry.set()
+
+    def slow(self) -> None:
+        """Engines are slow again."""
+        self._hurry.clear()
 
     async def stream(self, prompt: list[int], params: SamplingParams, name: str = "r") -> Reader:
         """A request that has produced its first delta."""
@@ -169,8 +172,10 @@ def alone(prompt: list[int], *params: SamplingParams, **overrides: Any) -> list[
         return [plain.generate(prompt, one) for one in params]
 
 
-def longer(params: SamplingParams, num_tokens: int) -> SamplingParams:
-    return replace(params, max_tokens=num_tokens)
+def together(prompts: list[list[int]], params: SamplingParams) -> list[RequestOutput]:
+    """The same for several prompts."""
+    with engine(deterministic=True) as plain:
+        return plain.generate(prompts, params)
 
 
 def _slow_down(each: Engine, hurry: threading.Event) -> None:

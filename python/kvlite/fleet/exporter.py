@@ -49,7 +49,8 @@ class Leaving:
     request: int
     attempt: int
     epoch: int
-    live: Live
+    live: Live | None = None
+    """None until it is exported."""
     to: int = 0
     since: float = field(default_factory=time.monotonic)
     frozen_at: float | None = None
@@ -103,16 +104,15 @@ class Exporter:
 
     def expect(self, request: int, attempt: int, epoch: int) -> None:
         """A move begins; `export` comes next."""
-        live = self._live.get(request)
-        if live is not None and live.epoch == epoch:
-            self._leaving[request] = Leaving(request, attempt, epoch, live)
+        self._leaving[request] = Leaving(request, attempt, epoch)
 
     async def export(self, request: int, attempt: int) -> Answer:
         """The manifest as of now."""
-        leaving = self._leaving.get(request)
-        if leaving is None or leaving.attempt != attempt:
+        leaving = self._get(request, attempt)
+        live = await self._live.started(request)
+        if live is None or live.epoch != leaving.epoch or leaving.over:
             return lambda machine, now: machine.exported(request, attempt, None, 0, now)
-        live = leaving.live
+        leaving.live = live
         try:
             moving = await self._engine.call(lambda engine: engine.migration.export_begin(live.handle))
         except InvalidRequestError as error:
@@ -125,8 +125,8 @@ class Exporter:
         self, request: int, attempt: int, epoch: int, to: int, stage: int, skip_blocks: int, final: bool
     ) -> Answer:
         """Copies what was written since the last stage; the final one is what the freeze has fetched."""
-        leaving = self._get(request, attempt)
-        handle = leaving.live.handle
+        leaving, live = self._exported(request, attempt)
+        handle = live.handle
         leaving.to, leaving.skip_blocks = to, skip_blocks
         held = leaving.take_held() if final else None
         hold, rows = self._migration.export_stage(handle, skip_blocks) if held is None else held
@@ -139,8 +139,8 @@ class Exporter:
 
     async def freeze(self, request: int, attempt: int) -> Answer:
         """Waits for the step boundary; what the tail needs is fetched in the same moment."""
-        leaving = self._get(request, attempt)
-        handle, skip_blocks = leaving.live.handle, leaving.skip_blocks
+        leaving, live = self._exported(request, attempt)
+        handle, skip_blocks = live.handle, leaving.skip_blocks
 
         def is_frozen(engine: Engine) -> bool:
             engine.migration.freeze(handle)
@@ -161,9 +161,9 @@ class Exporter:
 
     async def tail(self, request: int, attempt: int) -> Answer:
         """The final manifest, once every token of the request is on its way to the front-end."""
-        leaving = self._get(request, attempt)
+        leaving, live = self._exported(request, attempt)
         assert leaving.final is not None, "the request is frozen"
-        final, live = leaving.final, leaving.live
+        final = leaving.final
         await live.reached([None if ids is None else len(ids) for ids in final.outputs])
         packed, positions = parcel.pack(final, with_request=False), list(live.sent)
         return lambda machine, now: machine.tail(request, attempt, packed, positions, final.outputs, now)
@@ -192,6 +192,11 @@ class Exporter:
         if leaving is None or leaving.attempt != attempt:
             raise EngineError(f"attempt {attempt} to move request {request} is over")
         return leaving
+
+    def _exported(self, request: int, attempt: int) -> tuple[Leaving, Live]:
+        leaving = self._get(request, attempt)
+        assert leaving.live is not None, "a move begins with its export"
+        return leaving, leaving.live
 
     async def _copy(self, leaving: Leaving, stage: tuple[int, int, int, int], rows: Int32) -> None:
         """Sends blocks in parts; returns when their memory is not needed any more. Raises LinkError."""

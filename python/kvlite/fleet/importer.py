@@ -106,7 +106,7 @@ class Importer:
                 return False
             try:
                 await self._write(arriving.ticket, keys, payload)
-            except (CapacityError, InvalidRequestError) as error:
+            except KvliteError as error:
                 log.info("blocks of request %d find no place: %s", request, error)
                 return False
         return True

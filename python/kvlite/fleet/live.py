@@ -67,6 +67,7 @@ class LiveRequests:
         self._live: dict[int, Live] = {}
         self._starting: dict[int, list[Callable[[Live], None]]] = {}
         """What was said of requests that are being started."""
+        self._beginnings: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         uplink.on_oversized = self._oversized
 
@@ -91,13 +92,20 @@ class LiveRequests:
         lengths = [0] * request.params.n if outputs is None else [None if ids is None else len(ids) for ids in outputs]
         self.begin(message.request, message.epoch, lengths, lambda: self._engine.stream_raw(request, outputs))
 
-    def begin(self, request: int, epoch: int, lengths: Sequence[int | None], start: Starter) -> asyncio.Task[None]:
+    def begin(self, request: int, epoch: int, lengths: Sequence[int | None], start: Starter) -> None:
         """Brings a request to life; `lengths`: its outputs so far, None for a choice that has ended."""
         older = self._live.get(request)
         if older is not None:
             self.discard(older)
         self._starting[request] = []
-        return self._spawn(self._begin(request, epoch, lengths, start))
+        self._beginnings[request] = self._spawn(self._begin(request, epoch, lengths, start))
+
+    async def started(self, request: int) -> Live | None:
+        """The live request, once it is started; None when it is not here."""
+        beginning = self._beginnings.get(request)
+        if beginning is not None:
+            await asyncio.wait([beginning])
+        return self._live.get(request)
 
     def abort(self, message: Abort) -> None:
         """Ends a request with reason cancelled; nothing happens when it is not here."""
@@ -167,8 +175,9 @@ class LiveRequests:
             stream = await start()
         except KvliteError as error:
             self._uplink.post(Refused(request, epoch, Failure.of(error)))
-            del self._starting[request]
+            del self._starting[request], self._beginnings[request]
             return
+        del self._beginnings[request]
         open_choices = {index for index, length in enumerate(lengths) if length is not None}
         live = Live(request, epoch, stream, [length or 0 for length in lengths], open_choices)
         self._live[request] = live

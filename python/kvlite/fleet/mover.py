@@ -176,7 +176,10 @@ class Mover:
             job, attempt = jobs.popleft()
             answer = await self._do(lane[0], job, attempt)
             if answer is not None and not self._closed:
-                self._carry_out(answer(self._machine, now_ms()))
+                try:
+                    self._carry_out(answer(self._machine, now_ms()))
+                except Exception:  # ours: this move waits for its timeout, all others go on
+                    log.exception("request %d: the machine did not take an answer", lane[0])
         del self._lanes[lane]
 
     async def _do(self, request: int, job: Job, attempt: int | None) -> Answer | None:

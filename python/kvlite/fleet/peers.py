@@ -149,6 +149,9 @@ class Peers:
                     self._on_frame(id, frame)
         except (LinkError, _core.FrameError) as found:
             error = found
+        except Exception as found:  # ours: moves with this peer end, all others go on
+            log.exception("a frame of engine %d", id)
+            error = found
         finally:
             link.close()
         if self._peers.get(id) is peer:

@@ -195,6 +195,8 @@ class Worker:
                     self._obey(message)
         except LinkDownError as error:
             log.warning("engine %d: the front-end is gone: %s", self._setup.engine, error)
+        except _core.FrameError as error:
+            raise MessageError(f"the front-end sent a frame that it may not send: {error}") from None
 
     def _obey(self, message: FromOwner) -> None:
         match message:
