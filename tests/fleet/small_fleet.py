@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-from kvlite import Delta, Engine, RequestOutput, SamplingParams
+from kvlite import Delta, Engine, RequestOutput, Reuse, SamplingParams
 from kvlite.fleet.auth import FleetKey
 from kvlite.fleet.dial import listen
 from kvlite.fleet.effects import frame_name
@@ -25,6 +25,7 @@ from kvlite.fleet.messages import OWNER, Setup
 from kvlite.fleet.speed import Speed
 from kvlite.fleet.worker import Worker
 from kvlite.output import Collector
+from kvlite.prompts import Prompt
 from tests.engines import engine
 
 TIMEOUT_S = 60.0
@@ -58,9 +59,11 @@ class Fleet:
         """Engines are slow again."""
         self._hurry.clear()
 
-    async def stream(self, prompt: list[int], params: SamplingParams, name: str = "r") -> Reader:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams, name: str = "r", *, reuse: Reuse | None = None
+    ) -> Reader:
         """A request that has produced its first delta."""
-        request = self.engines[0].validate(prompt, params)
+        request = self.engines[0].validate(prompt, params, reuse=reuse)
         reader = Reader(self.front.stream_validated(request, name), Collector(request))
         await reader.until(1)
         return reader
@@ -116,12 +119,19 @@ class Reader:
         self.deltas = deltas
         self.tokens: list[int] = []
         self.ended = False
+        self.num_ended = 0
         self._collector = collector
 
     async def until(self, num_tokens: int) -> None:
         """Until choice 0 has so many tokens, or the request ends."""
         while len(self.tokens) < num_tokens and not self.ended:
             self._take(await anext(self.deltas))
+
+    async def until_one_ends(self) -> None:
+        """Until a choice has ended, and the request has not."""
+        while not self.num_ended:
+            self._take(await anext(self.deltas))
+        assert not self.ended
 
     async def finish(self) -> RequestOutput:
         while not self.ended:
@@ -131,6 +141,7 @@ class Reader:
     def _take(self, delta: Delta) -> None:
         if delta.index == 0:
             self.tokens += delta.token_ids
+        self.num_ended += delta.finish_reason is not None
         self.ended = self._collector.push(delta)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvlite import FinishReason, InvalidRequestError
+from kvlite import FinishReason, InvalidRequestError, Reuse, Segment
 from kvlite.fleet.moves import MoveConflictError, MoveHow
-from tests.engines import essence, ids, pool_of
+from tests.engines import engine, essence, ids, pool_of
 from tests.fleet.small_fleet import GREEDY, SEEDED, Fleet, alone, fleet, run, together
 
 PROMPT = ids(50, 3)
@@ -189,20 +189,86 @@ def test_a_request_that_is_cancelled_at_any_step_leaves_nothing() -> None:
     run(main())
 
 
-@pytest.mark.parametrize("engine", [0, 1])
+@pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("step", ["prepare", "blocks", "tail", "claim", "granted", "revoked"])
-def test_an_engine_that_dies_in_a_move_loses_no_token(step: str, engine: int) -> None:
+def test_an_engine_that_dies_in_a_move_loses_no_token(step: str, who: int) -> None:
     (expected,) = alone(PROMPT, MIDDLE)
 
     async def main() -> None:
         async with fleet(setup=IMPATIENT) as made:
-            died = made.at(step, lambda: made.kill(engine))
+            died = made.at(step, lambda: made.kill(who))
             reader = await made.stream(PROMPT, MIDDLE)
             moving = asyncio.create_task(_try_move(made, 1))
             await died.wait()
             made.hurry()
             assert essence(await reader.finish()) == essence(expected)
             await moving
+
+    run(main())
+
+
+def test_a_blended_request_moves_and_says_what_it_reused() -> None:
+    prompt = [ids(20, 1), Segment(ids(40, 2), "a"), ids(10, 3), Segment(ids(50, 4), "b"), ids(12, 5)]
+    reuse = Reuse.blend(0.3)
+    with engine(deterministic=True) as plain:
+        expected = plain.generate(prompt, SEEDED, reuse=reuse)
+    assert expected.reuse is not None and expected.reuse.blended_tokens > 0
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(prompt, SEEDED, reuse=reuse)
+            report = await made.front.move("r", 1, MoveHow.COPY)
+            assert report.result == "moved" and report.blocks > 0, report.reason
+            output = await reader.finish()
+            assert essence(output) == essence(expected) and output.reuse == expected.reuse
+            await made.settled()
+
+    run(main())
+
+
+def test_a_request_that_is_verified_stays_where_it_is() -> None:
+    prompt = [ids(20, 1), Segment(ids(40, 2), "a"), ids(12, 5)]
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(prompt, SEEDED, reuse=Reuse.verify(0.3))
+            report = await made.front.move("r", 1, MoveHow.COPY)
+            assert report.result == "refused"
+            output = await reader.finish()
+            assert output.reuse is not None and output.reuse.verify is not None
+            await made.settled()
+
+    run(main())
+
+
+def test_an_engine_that_drains_takes_no_request_in() -> None:
+    (expected,) = alone(PROMPT, SEEDED)
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(PROMPT, SEEDED)
+            assert await made.workers[1].engine.drain(1.0)
+            report = await made.front.move("r", 1, MoveHow.COPY)
+            assert report.result == "refused" and "drains" in report.reason
+            assert essence(await reader.finish()) == essence(expected)
+            await made.settled()
+
+    run(main())
+
+
+def test_choices_that_have_ended_stay_ended_behind_a_move() -> None:
+    params = replace(SEEDED, n=3, max_tokens=100, logit_bias={6: 4.0}, ignore_eos=False)
+    (expected,) = alone(PROMPT, params)
+    lengths = sorted(len(choice.token_ids) for choice in expected.outputs)
+    assert lengths[0] + 10 < lengths[-1], "one ends well before another"
+
+    async def main() -> None:
+        async with fleet() as made:
+            reader = await made.stream(PROMPT, params)
+            await reader.until_one_ends()
+            assert await _try_move(made, 1)
+            assert essence(await reader.finish()) == essence(expected)
+            await made.settled()
 
     run(main())
 
