@@ -14,6 +14,7 @@ from kvlite.fleet.dial import shake_hands
 from kvlite.fleet.tcp import Wire
 from kvlite.fleet.wire import (
     HEADER_BYTES,
+    MAC_BYTES,
     MAGIC,
     Channel,
     CutFrameError,
@@ -31,6 +32,7 @@ from kvlite.fleet.wire import (
     SequenceError,
     SilentPeerError,
     StalledPeerError,
+    _mac,
 )
 from tests.fleet.link_pairs import KINDS, bare, config, drain, pair, round_trip, run, stream_pair, take
 from tests.fleet.proxy import Fault, Seen
@@ -117,6 +119,12 @@ def raw(data: bytes) -> Say:
     return speak
 
 
+async def say_reserved_bits(sealer: Sealer, wire: Wire) -> None:
+    fields = bytearray(sealer.header(Channel.CONTROL, b"", 0)[: HEADER_BYTES - MAC_BYTES])
+    fields[6] = 1
+    await wire.write([bytes(fields), _mac(sealer._keyed, bytes(fields))])
+
+
 async def say_another_frame(sealer: Sealer, wire: Wire) -> None:
     await wire.write([sealer.header(Channel.CONTROL, b"abc", 0), b"abd"])
 
@@ -131,6 +139,7 @@ SAYINGS: dict[str, tuple[Say, type[LinkError], str]] = {
     "another version": (raw(MAGIC + b"\7" + bytes(99)), ForeignEnvelopeError, "has version 7, must be 1"),
     "no MAC": (raw(MAGIC + b"\1" + bytes(99)), ForgedFrameError, "MAC of a header"),
     "unknown channel": (sealed(77), ForeignEnvelopeError, "channel 77"),
+    "reserved bits": (say_reserved_bits, ForeignEnvelopeError, "reserved bits 1"),
     "large frame": (sealed(Channel.CONTROL, bytes(5000)), OversizedError, "5000 bytes, must be at most 4096"),
     "large payload": (sealed(Channel.MIGRATION, b"", 40000), OversizedError, "40000 bytes, must be at most 32768"),
     "beyond the window": (say_twice_the_window, OversizedError, "exceeds the window"),
@@ -138,6 +147,7 @@ SAYINGS: dict[str, tuple[Say, type[LinkError], str]] = {
     "other frame": (say_another_frame, ForgedFrameError, "MAC of a frame"),
     "released too much": (sealed(Inner.RELEASE, b"\1\0\0\0"), EnvelopeError, "released 1 payloads of 0"),
     "released nothing": (sealed(Inner.RELEASE, b""), EnvelopeError, "released 0 payloads of 0"),
+    "a release with a payload": (sealed(Inner.RELEASE, b"", 9), EnvelopeError, "RELEASE has a payload"),
     "cut": (sealed(Channel.CONTROL, b"abc", cut=1), CutFrameError, "middle of a frame"),
     "cut payload": (sealed(Channel.MIGRATION, b"abc", 9, cut=1), CutFrameError, "middle of a frame"),
     "nothing": (raw(b""), LinkDownError, "without a goodbye"),

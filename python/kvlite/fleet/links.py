@@ -23,6 +23,7 @@ from kvlite.fleet.traffic import RATED_BYTES, Outgoing, Payloads, Received, Sign
 from kvlite.fleet.wire import (
     HEADER_BYTES,
     Channel,
+    EnvelopeError,
     Inner,
     Limits,
     LinkClosedError,
@@ -239,6 +240,8 @@ class Link:
             self._opener.frame(header, frame)
             received = Received(header.channel, frame)
             if header.payload_len:
+                if isinstance(header.channel, Inner) and header.channel is not Inner.PROBE:
+                    raise EnvelopeError(f"a {header.channel.name} has a payload")
                 offset = self._window.take(header.payload_len)
                 if offset is None:
                     sizes = f"a payload of {header.payload_len} bytes exceeds the window of {self.limits.window}"
