@@ -27,7 +27,7 @@ impl State {
     pub(super) fn name(self) -> &'static str {
         match self {
             State::Reserving => "reserving",
-            State::Staging => "staging",
+            State::Staging => "receiving",
             State::Claiming => "claiming",
         }
     }

@@ -86,15 +86,15 @@ impl Entry {
         }
     }
 
-    /// Grants or denies the parked claim when nothing is missing or nobody is left to send it.
+    /// Grants the parked claim when nothing is missing; denies it when nobody is left to send that, or nothing to go on with.
     pub(super) fn settle(&mut self, effects: &mut Vec<OwnerEffect>) {
         let Some(claim) = &self.parked else { return };
         let (is_short, is_live) = (self.is_short_of(claim), self.engine != NOBODY);
-        if is_short && is_live {
-            return;
+        if !self.finished.contains(&false) || is_short && !is_live {
+            return self.deny_parked(effects);
         }
         if is_short {
-            return self.deny_parked(effects);
+            return;
         }
         if let Some(claim) = self.parked.take() {
             self.grant(claim, effects);
