@@ -294,10 +294,14 @@ async def move(source: AsyncEngine, target: AsyncEngine, stream: RawStream, num_
     def take() -> None:
         target._engine.migration.take_from(source._engine.migration, handle, ticket, hits)
 
-    await source.call(lambda engine: take())
-    await source.call(lambda engine: engine.migration.freeze(handle))
-    await source.call(lambda engine: take(), when=lambda engine: engine.migration.is_frozen(handle))
-    sent = await source.call(lambda engine: engine.migration.export_final(handle))
+    try:
+        await source.call(lambda engine: take())
+        await source.call(lambda engine: engine.migration.freeze(handle))
+        await source.call(lambda engine: take(), when=lambda engine: engine.migration.is_frozen(handle))
+        sent = await source.call(lambda engine: engine.migration.export_final(handle))
+    except InvalidRequestError:
+        await target.call(lambda engine: engine.migration.import_cancel(ticket))
+        raise
     final = parcel.unpack(target.limits, parcel.pack(sent, with_request=False), there)
     moved = await target.adopt(lambda engine: engine.migration.import_commit(ticket, final), num_choices)
     await source.detach(handle)
