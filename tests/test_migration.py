@@ -247,6 +247,8 @@ def test_what_cannot_move_is_refused_and_goes_on(pair: list[Engine], truth: dict
     ):
         with pytest.raises(InvalidRequestError, match=said):
             source.migrate(wanted, to)
+    with pytest.raises(InvalidRequestError, match="not one of auto, copy, replay"):
+        first.migrate(journey.handle, second, how="fly")  # type: ignore[arg-type]
     assert essence(journey.finish()) == truth["greedy"]
     with pytest.raises(InvalidRequestError, match="has ended"):
         first.migrate(journey.handle, second)

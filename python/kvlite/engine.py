@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast, get_args, overload
 from weakref import WeakValueDictionary
 
 from kvlite.config import EngineConfig
@@ -298,11 +298,13 @@ class Engine(Loop):
         `request`: a stream, which goes on too and steps `to` from now on; or the handle of one that `add` gave, whose
         deltas come out of `to.step()` under `report.handle`. `how`: copy its KV, replay its tokens, auto = copy. In
         deterministic mode its tokens are those of a request that never moved. Steps this engine once. Raises
-        InvalidRequestError (request, to), CapacityError when `to` has no room; the request goes on here then.
+        InvalidRequestError (request, to, how), CapacityError when `to` has no room; the request goes on here then.
         """
         self._check_open()
         to._check_open()
         handle = self._movable(request)
+        if how not in get_args(How):
+            raise InvalidRequestError("how", f"{how!r} is not one of {', '.join(get_args(How))}")
         if to is self:
             raise InvalidRequestError("to", "is the engine that the request is on: give another")
         if self._runner.pool.shape != to._runner.pool.shape:
