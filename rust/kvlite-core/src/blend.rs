@@ -209,10 +209,7 @@ impl Blend {
                 self.start_round(round);
             }
             None => {
-                let mut rows = [&choice.rows[..], &self.repaired].concat();
-                rows.sort_unstable();
-                rows.dedup(); // A choice made anew may name a row that an earlier stay has repaired.
-                self.recompute(&rows);
+                self.recompute(&self.with_repaired(&choice.rows));
             }
         }
     }
@@ -285,6 +282,14 @@ impl Blend {
         } else {
             self.scored = Vec::new();
         }
+    }
+
+    /// `chosen`, and the rows that decode steps of earlier stays have computed again.
+    pub fn with_repaired(&self, chosen: &[u32]) -> Vec<u32> {
+        let mut rows = [chosen, &self.repaired].concat();
+        rows.sort_unstable();
+        rows.dedup(); // A choice made anew may name a row that was repaired.
+        rows
     }
 
     /// The reused rows that the next decode step computes again: the best `decode_rows` of those that nobody has.

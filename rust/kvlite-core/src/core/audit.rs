@@ -19,6 +19,31 @@ impl Core {
         self.audit_blocks();
         self.audit_requests();
         self.audit_reuse();
+        self.audit_moves();
+    }
+
+    /// Whoever is about to leave is in no queue, whoever arrives holds what it was promised.
+    fn audit_moves(&self) {
+        let mut num_arrived = 0;
+        for (slot, seq) in self.seqs.iter().enumerate().filter(|(_, seq)| seq.status() != Status::Vacant) {
+            let is_frozen = self.request(seq.request).frozen;
+            let (moves, status) = (matches!(seq.status(), Status::Frozen | Status::Shelved), seq.status());
+            let stays = matches!(status, Status::Running | Status::Waiting | Status::Outside | Status::Preempting);
+            assert!(if is_frozen { !stays } else { !moves }, "slot {slot} is {status:?}, frozen: {is_frozen}");
+            num_arrived += usize::from(seq.arrived && status.holds_row());
+        }
+        assert_eq!(num_arrived, self.num_arrived, "rows of imported sequences that no plan has named");
+        let mut in_transfer = 0;
+        for (ticket, arrival) in &self.arrivals {
+            let copies = arrival.landed.values().filter(|landing| !landing.filled);
+            let copying: Vec<_> = copies.map(|landing| self.cache.state(landing.block)).collect();
+            in_transfer += copying.len();
+            assert!(copying.iter().all(|&state| state == BlockState::InTransfer), "ticket {ticket}: copies under way");
+            let is_empty = arrival.rows.is_empty() && arrival.spare.is_empty() && arrival.hits.is_empty();
+            assert!(!arrival.is_cancelled || is_empty, "ticket {ticket} is cancelled and waits for copies alone");
+            assert!(!arrival.is_cancelled || !copying.is_empty(), "ticket {ticket} is cancelled and waits for nothing");
+        }
+        assert_eq!(in_transfer, self.cache.counts().in_transfer, "blocks in transfer belong to arrivals");
     }
 
     /// Makers, waiters, users of segments and holders of recipes all agree.
@@ -74,6 +99,7 @@ impl Core {
         assert!(orders.is_sorted_by(|a, b| a < b), "the running list is ordered by rank and choice: {orders:?}");
         let mut rows: Vec<u32> = self.running.iter().map(|&slot| self.seq(slot).row).collect();
         rows.extend(&self.free_rows);
+        rows.extend(self.arrivals.values().flat_map(|arrival| &arrival.rows));
         rows.sort_unstable();
         assert!(rows.into_iter().eq(0..self.config.max_num_seqs), "every row is free or has one sequence");
         let held = self.seqs.iter().filter(|seq| seq.status().holds_row()).count();
@@ -84,9 +110,11 @@ impl Core {
         assert_eq!(num_waiting, self.waiting.len(), "whoever waits is in the queue");
         let num_outside = self.seqs.iter().filter(|seq| seq.status() == Status::Outside).count();
         assert_eq!(num_outside, self.num_outside, "whoever waits for segments is counted");
+        let num_shelved = self.seqs.iter().filter(|seq| seq.status() == Status::Shelved).count();
+        assert_eq!(num_shelved, self.num_shelved, "whoever was frozen while it waited is counted");
         // Requests, not sequences: choices that were preempted after their fork wait each on its own.
         let limit = (self.config.max_num_waiting + self.config.max_num_seqs) as usize;
-        let live = self.by_handle.len();
+        let live = self.by_handle.len() + self.arrivals.len();
         assert!(live <= limit, "{live} requests live, the tables are made for {limit}");
         for &(rank, choice, slot) in &self.waiting {
             let seq = self.seq(slot);
@@ -147,8 +175,14 @@ impl Core {
             seq.blocks[seq.tree_len as usize..].iter().copied().chain(seq.tail_source).for_each(&mut own);
             seq.blocks[..seq.tree_len as usize].iter().for_each(|block| in_tree[block.index as usize] = true);
         }
+        for arrival in self.arrivals.values() {
+            let filled = arrival.landed.values().filter(|landing| landing.filled).map(|landing| landing.block);
+            filled.chain(arrival.spare.iter().copied()).for_each(&mut own);
+            arrival.hits.iter().for_each(|block| in_tree[block.index as usize] = true);
+        }
         let mut tree_holds = 0;
-        for hold in self.records.iter().flat_map(|record| &record.holds) {
+        let of_plans = self.records.iter().flat_map(|record| &record.holds);
+        for hold in of_plans.chain(self.exports.values().flatten()) {
             match *hold {
                 Hold::Private(block) => own(block),
                 Hold::InTree(_) => tree_holds += 1,

@@ -141,6 +141,7 @@ impl Core {
     /// Counts where the tokens of a prompt come from, once; work depends on lengths, so the counts are known by now.
     fn report_reuse(&mut self, slot: u32, hit: u32, replayed: Option<&[u32]>) {
         let seq = &self.seqs[slot as usize];
+        let hit = hit.min(seq.prompt_len); // A replay's may reach into its output.
         let blend = seq.blend.as_ref().expect("a blended sequence");
         let reused = blend.num_reused();
         let recomputed =
@@ -176,7 +177,7 @@ impl Core {
         let seq = &mut self.seqs[slot as usize];
         let (prompt_len, tenant) = (seq.prompt_len, seq.tenant());
         let blend = seq.blend.as_mut().expect("a blended sequence");
-        blend.recompute(&choice.rows);
+        blend.recompute(&blend.with_repaired(&choice.rows));
         let scored_len = if choice.ran.is_empty() { blend.rule.spans_end() } else { prompt_len };
         let reused = blend.reused.iter().map(|range| (range.start, range.end)).collect();
         let tokens = &seq.tokens[..scored_len as usize];

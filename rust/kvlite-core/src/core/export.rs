@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use super::manifest::{ChoiceState, Manifest};
+use super::manifest::{ChoiceState, Manifest, prefix_digest};
 use super::{Core, Hold};
 use crate::blend::Stage;
 use crate::error::CoreError;
@@ -151,6 +151,7 @@ impl Core {
             }
         }
         self.forget_departed();
+        self.out_finished.retain(|row| row[0] != handle);
         self.stats.migrations_out_total += 1;
         Ok(true)
     }
@@ -211,6 +212,8 @@ impl Core {
         let Portion { lens, source } = self.portion(request);
         let export = self.request(request).export.as_ref().expect("looked at before");
         let (Some(source), block_size) = (source, self.config.block_size) else { return Vec::new() };
+        let is_stale = export.stamps != self.stamps(request);
+        let after = |given: u32| if is_stale { 0 } else { given };
         let at_rest = self.is_at_rest(request);
         let end = |len: u32| if at_rest { len.div_ceil(block_size) } else { len / block_size };
         let full = self.full_prompt_blocks(request);
@@ -220,9 +223,9 @@ impl Core {
             let row = |index: u32| [choice, index, seq.block_at(index).index].map(|number| number as i32);
             rows.extend((from..end).map(row));
         };
-        add(0, source, export.prompt_given, end(lens[source as usize]).min(full));
+        add(0, source, after(export.prompt_given), end(lens[source as usize]).min(full));
         for (choice, &len) in lens.iter().enumerate().filter(|&(_, &len)| len > 0) {
-            add(choice as u32, choice as u32, export.own_given[choice].max(full), end(len));
+            add(choice as u32, choice as u32, after(export.own_given[choice]).max(full), end(len));
         }
         rows
     }
@@ -297,6 +300,7 @@ impl Core {
         let prompt: Vec<Token> = any.tokens[..any.prompt_len as usize].to_vec();
         Manifest {
             model_digest: self.config.model_digest,
+            prefix_digest: prefix_digest(&self.config),
             block_size: self.config.block_size,
             vocab_size: self.config.vocab_size,
             is_final,

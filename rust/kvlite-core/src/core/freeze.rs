@@ -44,13 +44,16 @@ impl Core {
         self.num_shelved += 1;
     }
 
-    /// Whether the request is frozen and no plan in flight names it either: its tokens are final.
+    /// Whether the request is frozen and no plan in flight names it either: its tokens are final, and every end of a choice
+    /// was reported.
     ///
     /// Errors: as `freeze`.
     pub fn is_frozen(&self, handle: i32) -> Result<bool, CoreError> {
-        Ok(self.is_at_rest(self.movable(handle)?))
+        let request = self.movable(handle)?;
+        Ok(self.is_at_rest(request) && self.out_finished.iter().all(|row| row[0] != handle))
     }
 
+    /// Whether it is frozen and no plan in flight names it.
     pub(super) fn is_at_rest(&self, request: u32) -> bool {
         let state = self.request(request);
         let slots = (0..state.choices.len()).filter_map(|choice| self.slot_of(request, choice));

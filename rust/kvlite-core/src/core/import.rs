@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::manifest::{BlendState, Manifest};
+use super::manifest::{BlendState, Manifest, prefix_digest};
 use super::{BlendRequest, Core, Request};
 use crate::blend::Rule;
 use crate::config::CoreConfig;
@@ -295,6 +295,7 @@ impl Core {
         let config = &self.config;
         let fingerprint = [
             ("model_digest", manifest.model_digest, config.model_digest),
+            ("canonical_prefix digest", manifest.prefix_digest, prefix_digest(config)),
             ("block_size", manifest.block_size.into(), config.block_size.into()),
             ("vocab_size", manifest.vocab_size.into(), config.vocab_size.into()),
         ];

@@ -24,6 +24,8 @@ const MAX_PREEMPTIONS: u32 = 1 << 16;
 #[derive(Clone, Debug)]
 pub(super) struct Manifest {
     pub model_digest: u64,
+    /// Of the tokens behind which segments are computed.
+    pub prefix_digest: u64,
     pub block_size: u32,
     pub vocab_size: u32,
     /// Frozen: nothing of it changes any more.
@@ -118,6 +120,7 @@ impl Manifest {
         let mut out = Writer(MAGIC.to_vec());
         out.0.extend(VERSION.to_le_bytes());
         out.u64(self.model_digest);
+        out.u64(self.prefix_digest);
         out.u32(self.block_size);
         out.u32(self.vocab_size);
         for flag in [self.is_final, self.announced, self.use_cache, self.prompt_logprobs] {
@@ -173,6 +176,13 @@ impl Manifest {
         let manifest = input.manifest()?;
         if input.rest.is_empty() { Ok(manifest) } else { Err(malformed("something follows its end")) }
     }
+}
+
+/// Tells canonical prefixes apart: KV that was blended behind another one is other KV.
+pub(super) fn prefix_digest(config: &CoreConfig) -> u64 {
+    let bytes: Vec<u8> = config.canonical_prefix.iter().flat_map(|token| token.to_le_bytes()).collect();
+    let digest = blake3::hash(&bytes);
+    u64::from_le_bytes(*digest.as_bytes().first_chunk().expect("a digest has 32 bytes"))
 }
 
 fn malformed(what: &'static str) -> CoreError {
@@ -305,6 +315,7 @@ impl<'a> Reader<'a> {
         let max_len = self.config.max_model_len as usize;
         Ok(Manifest {
             model_digest: self.u64()?,
+            prefix_digest: self.u64()?,
             block_size: self.u32()?,
             vocab_size: self.u32()?,
             is_final: self.flag()?,

@@ -148,6 +148,7 @@ pub struct Stay {
 }
 
 /// A blend that was done: others of its tenant may take its KV over.
+#[derive(Clone, PartialEq)]
 struct Known {
     tenant: u32,
     rule: (u32, f64, Vec<(u32, u32)>),
@@ -217,6 +218,20 @@ impl Oracle {
             let naive = blended(&self.canonical_prefix, tokens, &recipe);
             (naive.hidden.last() == Some(&hidden)).then_some((naive, recipe, true))
         })
+    }
+
+    /// Learns what another engine's requests of that tenant have left: their KV may come along.
+    pub fn learn(&mut self, other: &mut Oracle, asked: &Asked) {
+        for (asked, tokens, stay) in std::mem::take(&mut other.begun) {
+            let blend = asked.blend.as_ref().expect("only blends are placed");
+            let recipe = choose(&other.canonical_prefix, &tokens, ranges(blend, &stay.placed), blend);
+            other.remember(&asked, blend, &recipe);
+        }
+        for known in other.known.iter().filter(|known| known.tenant == asked.tenant) {
+            if !self.known.contains(known) {
+                self.known.push(known.clone());
+            }
+        }
     }
 
     fn remember(&mut self, asked: &Asked, blend: &Blend, recipe: &Recipe) {

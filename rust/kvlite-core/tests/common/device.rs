@@ -76,6 +76,20 @@ impl Device {
         }
     }
 
+    /// What another engine copies: KV and writer of each slot of a block.
+    pub fn block(&self, block: u32) -> Vec<(Kv, u32)> {
+        let slots = block as usize * self.block_size..(block as usize + 1) * self.block_size;
+        slots.map(|slot| (self.kv[slot], self.owner[slot])).collect()
+    }
+
+    /// A copy from another engine has arrived.
+    pub fn fill(&mut self, block: u32, slots: &[(Kv, u32)]) {
+        for (at, &(kv, owner)) in slots.iter().enumerate() {
+            let slot = block as usize * self.block_size + at;
+            (self.kv[slot], self.owner[slot]) = (kv, owner);
+        }
+    }
+
     /// Learns who sits in which row; done when the plan is read, which is before it runs. Makers of segments come without a
     /// name: their rows have nobody's, or the last holder's.
     pub fn meet(&mut self, plan: &PlanView<'_>) {

@@ -30,11 +30,34 @@ pub struct Told {
     pub asked_to_finish: Vec<Option<FinishReason>>,
     /// Times that each prompt position's log-probability arrived.
     pub logprobs: Vec<u32>,
+    /// It was out of the queue, about to move; or it came from elsewhere.
+    pub moved: bool,
     /// Later arrivals admitted before this one, by priority.
     pub passed_by: BTreeMap<i32, u64>,
 }
 
 impl Told {
+    /// Of a request that nothing has been heard of.
+    pub(super) fn new(arrival: u64, asked: &Asked) -> Told {
+        let n = asked.n as usize;
+        Told {
+            arrival,
+            admitted: false,
+            outputs: vec![Vec::new(); n],
+            texts: vec![Naive::default(); n],
+            blends: vec![BlendTold::default(); n],
+            finished: vec![None; n],
+            cached_len: vec![0; n],
+            resumed: 0,
+            aborted: false,
+            faulted: false,
+            asked_to_finish: vec![None; n],
+            logprobs: vec![0; asked.prompt.len()],
+            moved: false,
+            passed_by: BTreeMap::new(),
+        }
+    }
+
     /// Prompt and what was drawn of a choice.
     fn text<'a>(&'a self, asked: &'a Asked, choice: usize) -> &'a [i32] {
         let tokens = &self.texts[choice].tokens;
@@ -69,7 +92,7 @@ pub struct Engine {
     pub asked: BTreeMap<i32, Asked>,
     pub told: BTreeMap<i32, Told>,
     pub now_ms: i64,
-    arrivals: u64,
+    pub(super) arrivals: u64,
     pub digest: u64,
     pub reuse: Reuse,
 }
@@ -130,22 +153,7 @@ impl Engine {
             }
         };
         self.reuse.ask(handle, &asked);
-        let n = asked.n as usize;
-        let told = Told {
-            arrival: self.arrivals,
-            admitted: false,
-            outputs: vec![Vec::new(); n],
-            texts: vec![Naive::default(); n],
-            blends: vec![BlendTold::default(); n],
-            finished: vec![None; n],
-            cached_len: vec![0; n],
-            resumed: 0,
-            aborted: false,
-            faulted: false,
-            asked_to_finish: vec![None; n],
-            logprobs: vec![0; asked.prompt.len()],
-            passed_by: BTreeMap::new(),
-        };
+        let told = Told::new(self.arrivals, &asked);
         self.arrivals += 1;
         self.asked.insert(handle, asked);
         assert!(self.told.insert(handle, told).is_none(), "handles are not reused soon");

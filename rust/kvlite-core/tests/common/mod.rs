@@ -8,6 +8,7 @@ pub mod blending;
 pub mod device;
 pub mod engine;
 pub mod hashes;
+pub mod moving;
 mod overlap;
 mod reader;
 pub mod reuse;

@@ -89,7 +89,8 @@ impl Overlap {
         self.making.remove(0);
     }
 
-    fn assert_unread(&self, block: u32, row: usize) {
+    /// Nobody but `row` may be told of this block: a plan in flight might name it.
+    pub fn assert_unread(&self, block: u32, row: usize) {
         let is_made = |making: &BTreeMap<u32, usize>| making.get(&block).is_some_and(|&maker| maker != row);
         let is_named = self.in_flight.iter().any(|named| named.contains(&block)) || self.making.iter().any(is_made);
         assert!(!is_named, "block {block} was given away while a plan in flight names it");

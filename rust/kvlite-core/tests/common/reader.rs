@@ -139,7 +139,8 @@ impl Engine {
         self.rows[row] = Some((handle, choice as u32));
         let asked = &self.asked[&handle];
         assert!((cached_len as usize) <= asked.prompt.len());
-        assert!((asked.use_cache && !asked.prompt_logprobs) || cached_len == 0, "{handle} wants no hit");
+        let takes_hits = (asked.use_cache && !asked.prompt_logprobs) || cause == Cause::Imported as i32;
+        assert!(takes_hits || cached_len == 0, "{handle} wants no hit");
         let told = self.told.get_mut(&handle).expect("admissions belong to requests");
         told.blends[choice] = told.blends[choice].next(cached_len as usize, cause == Cause::Forked as i32);
         if asked.blend.is_some() {
@@ -148,6 +149,7 @@ impl Engine {
         }
         if cause != Cause::New as i32 {
             told.resumed += u32::from(resumes);
+            told.admitted = true;
             return;
         }
         assert!((cached_len as usize) < asked.prompt.len(), "at least one prompt token is computed");
@@ -156,7 +158,7 @@ impl Engine {
         let (arrival, priority) = (told.arrival, asked.priority);
         let rank = Fcfs.rank(arrival, priority);
         for (other, told) in &mut self.told {
-            if told.admitted || told.finished[0].is_some() {
+            if told.admitted || told.moved || told.finished[0].is_some() {
                 continue;
             }
             let other = &self.asked[other];
