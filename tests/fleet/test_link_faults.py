@@ -227,6 +227,26 @@ def test_what_a_peer_said_before_it_died_is_read_though_nothing_can_be_written(k
     run(main())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_peer_said_is_read_though_it_died_while_a_frame_was_written(kind: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        deaf: dict[str, Any] = {"inbox_bytes_limit": 1 << 10}
+        async with pair(kind, tmp_path, config(0, **deaf), config(1, **deaf)) as (one, two):
+            for number in range(50):
+                await one.send(Channel.CONTROL, bytes([number]) * 1000)
+            for _ in range(3):
+                await two.send(Channel.CONTROL, bytes(1 << 22))
+            assert not two._sender.is_idle
+            one._finish(LinkDownError("killed"))
+            found: list[int] = []
+            with pytest.raises(LinkDownError):
+                async for _, frame, _ in two:
+                    found.append(frame[0])
+            assert found == list(range(50))
+
+    run(main())
+
+
 def test_a_length_is_believed_before_anything_is_allocated_only_with_a_right_mac() -> None:
     async def main() -> None:
         here, there = stream_pair("tcp")

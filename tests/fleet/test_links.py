@@ -295,6 +295,23 @@ def test_throttled_links_deliver_the_same(kind: str, tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_slow_sides_that_both_wait_for_room_free_each_other(kind: str, tmp_path: Path) -> None:
+    half = memoryview(bytes(1 << 15))
+
+    async def flood(link: Link) -> None:
+        for _ in range(8):
+            await link.send(Channel.MIGRATION, b"x", half)
+
+    async def main() -> None:
+        slow: dict[str, Any] = {"bytes_per_s_limit": 1e7, "payload_bytes_limit": 1 << 15}
+        async with pair(kind, tmp_path, config(0, **slow), config(1, **slow)) as (one, two):
+            found = await asyncio.gather(flood(one), flood(two), take(one, 8), take(two, 8))
+            assert found[2] == found[3] == [(Channel.MIGRATION, b"x", bytes(half))] * 8
+
+    run(main())
+
+
 def test_a_window_never_hands_out_bytes_twice_and_halves_always_fit() -> None:
     rng = np.random.default_rng(3)
     window, taken = Window(1000), list[tuple[int, int]]()
