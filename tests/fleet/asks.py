@@ -49,7 +49,7 @@ def config(**changes: Any) -> EngineConfig:
     return EngineConfig(model=str(model()), **(SETTINGS | changes))
 
 
-def subject(number: int, num_tokens: int = 320) -> Ask:
+def subject(number: int, num_tokens: int = 160) -> Ask:
     """A request that nothing else begins like, long enough to be moved."""
     params = SamplingParams(temperature=0.9, seed=number, max_tokens=num_tokens, ignore_eos=True, n=1 + number % 2)
     return Ask(tuple(ids(90 + number % 40, seed=1000 + number)), params)
@@ -57,10 +57,10 @@ def subject(number: int, num_tokens: int = 320) -> Ask:
 
 def neighbours() -> list[Ask]:
     """Requests of every kind, a few hundred tokens each."""
-    common = SamplingParams(temperature=0.8, max_tokens=200, ignore_eos=True)
+    common = SamplingParams(temperature=0.8, max_tokens=80, ignore_eos=True)
     kinds = [
         replace(common, temperature=0.0),
-        replace(common, n=3, max_tokens=120),
+        replace(common, n=3, max_tokens=60),
         replace(common, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.1),
         replace(common, logprobs=3, min_tokens=20),
         replace(common, prompt_logprobs=2, top_k=20, logit_bias={20: 2.0}),
@@ -96,6 +96,8 @@ class Oracle:
     def learn(self, asks: Sequence[Ask]) -> None:
         """Computes what is not known; before a fleet runs, whose event loop would stand still meanwhile."""
         new = [ask for ask in asks if id(ask) not in self._answers]
+        if not new:
+            return
         outputs = self.engine.generate([list(ask.prompt) for ask in new], [ask.params for ask in new])
         for ask, output in zip(new, outputs, strict=True):
             self._answers[id(ask)] = essence(output)

@@ -37,7 +37,7 @@ from kvlite.types import RequestOutput
 from tests.fleet.proxy import Fault, Proxy, Seen
 from tests.fleet.zygote import Zygote
 
-BOUND_S = 90.0
+BOUND_S = 600.0
 """Of a whole test; a hang becomes a TimeoutError."""
 CONTROL = "control"
 """The name of a frame that is no frame of the movers."""
@@ -100,6 +100,12 @@ class Watched(FleetEngine):
             self._changed.clear()
             await self._changed.wait()
 
+    async def until_gone(self, pid: int) -> None:
+        """Returns when no engine that is up is that process."""
+        while any(member.hello.pid == pid for member in self.members.values()):
+            self._changed.clear()
+            await self._changed.wait()
+
     async def until(self, holds: Callable[[], bool]) -> None:
         """Returns when it holds, asked after every report."""
         while not holds():
@@ -136,6 +142,10 @@ class Client:
             growth.cancel()
         return self.num_tokens >= num_tokens
 
+    async def ended(self) -> None:
+        """Returns when the stream has ended, in whatever way."""
+        await asyncio.wait({self.task})
+
     async def _read(self) -> RequestOutput:
         request = validate(self._fleet.limits, list(self.ask.prompt), self.ask.params, self.ask.options)
         while True:
@@ -161,6 +171,7 @@ class Yard:
         self.passed: dict[str, int] = {}
         """Frames of the movers by name."""
         self.num_deaths = 0
+        self.num_played = 0
         self.faults: list[BaseException] = []
         """What the front-end raised where it must not; a test that ends with one fails."""
         self.jitter: Callable[[Passing], Fault | Awaitable[Fault]] = lambda passing: Fault.NONE
@@ -212,11 +223,20 @@ class Yard:
         wanted = self.fleet.num_reports[engine] + count
         await self.fleet.until(lambda: self.fleet.num_reports[engine] >= wanted)
 
+    async def reports_of_all(self, count: int) -> None:
+        """`reports` of every engine."""
+        for engine in self.fleet.states:
+            await self.reports(engine, count)
+
+    async def any_reports(self, count: int) -> None:
+        """Returns when engines have told their statistics so many times more, all together."""
+        wanted = sum(self.fleet.num_reports.values()) + count
+        await self.fleet.until(lambda: sum(self.fleet.num_reports.values()) >= wanted)
+
     async def quiet(self) -> None:
         """Returns when no engine has anything: no request, no move, and every block is free or cached."""
         await self.all_up()
-        for engine in self.fleet.states:
-            await self.reports(engine, 2)
+        await self.reports_of_all(2)
 
         def is_quiet(member: Member) -> bool:
             if member.stats is None:
