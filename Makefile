@@ -22,9 +22,11 @@ export PYO3_PYTHON := $(abspath $(PY))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-# make soak: seeds and steps of the simulated engine, seeds of the cache against its naive twin (5,000 operations each).
+# make soak: seeds and steps of the simulated engine, seeds of the cache against its naive twin (5,000 operations each), seeds
+# of the migration protocol (about 16 moves each).
 KVLITE_SEEDS ?= 10000
 KVLITE_MODEL_SEEDS ?= 500
+KVLITE_MIGRATION_SEEDS ?= 65000
 KVLITE_STEPS ?= 2000
 PYTEST_ARGS ?=
 
@@ -66,9 +68,10 @@ bench: build ## speed of the core, from Rust and through PyO3; ends in one JSON 
 peers: build ## vLLM in an environment of its own (.peers, 6 GB), for: python -m bench compare --peers vllm
 	@$(PY) -m bench.install_peers
 
-soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLITE_MODEL_SEEDS)
+soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLITE_MODEL_SEEDS, KVLITE_MIGRATION_SEEDS)
 	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_STEPS=$(KVLITE_STEPS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \
-	  cargo test --release -p kvlite-core --test model --test simulate -- --nocapture
+	  KVLITE_MIGRATION_SEEDS=$(KVLITE_MIGRATION_SEEDS) KVLITE_EXPLORE_DEEP=1 \
+	  cargo test --release -p kvlite-core --test model --test simulate --test migrate -- --nocapture
 
 build: $(EXTENSION) ## set up .venv and compile the Rust part
 
