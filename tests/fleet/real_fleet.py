@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +32,18 @@ class FleetServer(Server):
     def __init__(self, *arguments: str, engines: int = 2, environ: dict[str, str] | None = None) -> None:
         self.port = free_port()
         self.key = None
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         flags = ("--engines", str(engines), "--port", str(self.port), *SMALL, *arguments)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvlite.cli", "fleet", "serve", *flags],
-            stderr=subprocess.PIPE, text=True, env=os.environ | (environ or {}),
+            stderr=self._stderr, text=True, env=os.environ | (environ or {}),
         )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        """What it wrote to standard error."""
+        self._stderr.seek(0)
+        return self._stderr.read()
 
     @property
     def url(self) -> str:

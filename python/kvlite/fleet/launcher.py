@@ -181,11 +181,11 @@ class Launcher:
 
 
 class _Worker:
-    """One process, and what it says on stderr: kept until it is up, then passed on line by line."""
+    """One process, and what it says on stderr: kept until it is up, then passed on to the log line by line."""
 
     def __init__(self, engine: int, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self._prefix = f"[engine {engine}] "
+        self._engine = engine
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self.was_up = False
         self._reading = asyncio.create_task(self._read())
@@ -215,7 +215,7 @@ class _Worker:
         return self._lines[-1].removeprefix("kvlite: ") if self._lines else ""
 
     def speak(self) -> None:
-        """It is up: what it said and will say goes to our stderr."""
+        """It is up: what it said and will say goes to the log."""
         self.was_up = True
         for line in self._lines:
             self._pass_on(line)
@@ -252,8 +252,7 @@ class _Worker:
                 self._pass_on(text)
 
     def _pass_on(self, line: str) -> None:
-        sys.stderr.write(f"{self._prefix}{line}\n")
-        sys.stderr.flush()
+        log.info("[engine %d] %s", self._engine, line)
 
 
 def load_text_side(config: EngineConfig) -> tuple[Path, Tokenizer, GenerationDefaults]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import math
 import socket
 import sys
@@ -28,6 +27,7 @@ from kvlite.engine import Engine
 from kvlite.errors import ConfigError
 from kvlite.fleet.frontend import FleetEngine
 from kvlite.fleet.launcher import Launcher, divided, load_text_side
+from kvlite.fleet.log import log_to_stderr
 from kvlite.fleet.settings import FleetSettings
 from kvlite.reuse_types import Document
 from kvlite.server.app import create_app
@@ -135,8 +135,7 @@ def serve_fleet(config: EngineConfig, settings: FleetSettings) -> int:
     """
     check_address(config)
     public = read_public_documents(config)
-    _log_to_stderr()
-    with bind(config.host, config.port) as listener:
+    with log_to_stderr(), bind(config.host, config.port) as listener:
         directory, tokenizer, defaults = load_text_side(config)
         divided(config, settings.engines)
 
@@ -185,16 +184,6 @@ def model_name(config: EngineConfig, directory: Path) -> str:
     if config.served_model_name is not None:
         return config.served_model_name
     return SHIPPED_MODEL_NAME if config.model is None else directory.resolve().name
-
-
-def _log_to_stderr() -> None:
-    """What happens to engines and requests of a fleet, a line each."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("kvlite.fleet")
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 async def _run(
