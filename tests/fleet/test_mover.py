@@ -144,6 +144,17 @@ def test_a_worker_that_says_what_it_may_not_say_loses_its_link_and_nothing_else(
     run(main())
 
 
+def test_engines_know_how_fast_their_link_is_before_anything_moves() -> None:
+    async def main() -> None:
+        async with fleet(3) as made:
+            for n, worker in enumerate(made.workers):
+                while len(worker._peers.rates()) < 2:
+                    await asyncio.sleep(0.001)
+                assert set(worker._peers.rates()) == {0, 1, 2} - {n}
+
+    run(main())
+
+
 def _link(made: Fleet, engine: int, peer: int) -> Any:
     return made.workers[engine]._peers._peers[peer].links[0]
 

@@ -1,4 +1,4 @@
-"""`Peers`: the links of one worker to the others, opened when the first frame wants to go, ended together.
+"""`Peers`: the links of one worker to the others, opened and measured as soon as both are up.
 
 Owns who is where, one task per link that reads, and what waits for a link that is being opened. A peer whose link ends
 is down as a whole: `on_down` hears of it once, and the next frame dials again. Frames of blocks are stored before the
@@ -53,15 +53,22 @@ class Peers:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def update(self, addresses: Mapping[int, str]) -> None:
-        """Where the living engines listen. Links to others, and to one that moved, end."""
+        """Where the living engines listen. Links to others, and to one that moved, end; new ones are opened.
+
+        Of two engines the one with the smaller number calls, unless the other has something to send earlier.
+        """
+        before, self._addresses = self._addresses, dict(addresses)
         for peer in list(self._peers):
-            if addresses.get(peer) != self._addresses.get(peer):
+            if addresses.get(peer) != before.get(peer):
                 self._down(peer, LinkDownError("the front-end says that it is gone"))
-        self._addresses = dict(addresses)
+        for peer in addresses:
+            if peer > self._config.engine and addresses[peer] != before.get(peer):
+                self._dial(peer, self._peers.setdefault(peer, _Peer()))
 
     def rates(self) -> dict[int, float]:
-        """Measured bytes per second, by peer."""
-        return {id: peer.links[0].bytes_per_s for id, peer in self._peers.items() if peer.links}
+        """Measured bytes per second, by peer; one that nothing went to yet is absent."""
+        rates = {id: peer.links[0].bytes_per_s for id, peer in self._peers.items() if peer.links}
+        return {id: rate for id, rate in rates.items() if rate > 0}
 
     def accept(self, link: Link) -> None:
         """A worker has called."""
@@ -91,11 +98,6 @@ class Peers:
         peer = self._peers.setdefault(to, _Peer())
         link = peer.links[0] if peer.links else await self._dial(to, peer)
         await link.send(Channel.MIGRATION, frame, payload)
-
-    def payload_limit(self, to: int) -> int | None:
-        """Bytes of one payload to that peer; None while there is no link."""
-        peer = self._peers.get(to)
-        return peer.links[0].limits.payload if peer is not None and peer.links else None
 
     def close(self) -> None:
         """Ends every link."""
@@ -130,6 +132,7 @@ class Peers:
     def _take(self, id: int, peer: _Peer, link: Link) -> None:
         peer.links.append(link)
         self._spawn(self._read(id, peer, link))
+        self._spawn(_measure(link))
         waiting, peer.waiting = peer.waiting, []
         for frame in waiting:
             self.post(id, frame)
@@ -173,6 +176,14 @@ class Peers:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _measure(link: Link) -> None:
+    """What the front-end weighs copies with, before the first one."""
+    try:
+        await link.measure()
+    except LinkError as error:
+        log.info("the link to engine %d ended while it was measured: %s", link.peer, error)
 
 
 def _seen(future: asyncio.Future[Link]) -> None:
