@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvlite.demo import HOST, free_port
+from kvlite.demo import HOST, free_port, wait_until_ready
 from tests.e2e.conftest import DEADLINE_S, POLL_S, Server
 
 SMALL = ("--deterministic", "--kv-cache-bytes", "32MiB", "--max-num-seqs", "16", "--num-threads", "2")
+READY_S = 240.0
 PROMPT = " Rain fell on the"
 LONG = {
     "prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "stream": True, "return_token_ids": True,
@@ -44,6 +45,10 @@ class FleetServer(Server):
         """What it wrote to standard error."""
         self._stderr.seek(0)
         return self._stderr.read()
+
+    def wait_until_ready(self) -> None:
+        """A start is three processes that load torch, beside whatever else this machine does."""
+        wait_until_ready(self.process, self.port, READY_S, self.key)
 
     @property
     def url(self) -> str:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kvlite import Engine, SamplingParams
 from kvlite.cli import app
 from tests.e2e.conftest import DEADLINE_S
-from tests.fleet.real_fleet import LONG, SHORT, Answer, FleetServer, send, until_gone
+from tests.fleet.real_fleet import LONG, SHORT, Answer, FleetServer, is_running, send, until_gone
 
 Check = Callable[[Answer], None]
 
@@ -49,7 +49,7 @@ def start() -> Iterator[Callable[..., FleetServer]]:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[FleetServer]:
-    server = FleetServer("--silence-s", "1")
+    server = FleetServer("--silence-s", "2")
     try:
         server.wait_until_ready()
         yield server
@@ -159,7 +159,7 @@ def test_sigterm_lets_a_running_stream_finish_and_leaves_no_process(fleet: Fleet
 
 
 def test_a_zombie_that_wakes_up_changes_no_stream_and_a_second_ctrl_c_aborts(start, check_unmoved: Check):
-    server = start("--silence-s", "1", "--restarts", "0", "--drain-s", "3600")
+    server = start("--silence-s", "2", "--restarts", "0", "--drain-s", "3600")
     pids, answer, source = begun(server)
     send(pids[source], signal.SIGSTOP)
     server.until(lambda status: status["engines"][source]["state"] == "given up")
@@ -183,6 +183,7 @@ def test_a_zombie_that_wakes_up_changes_no_stream_and_a_second_ctrl_c_aborts(sta
 def test_workers_do_not_outlive_a_front_end_that_is_killed(start):
     server = start("--engines", "1")
     pids = server.until_up()
+    assert all(map(is_running, pids.values()))
     server.process.kill()
     until_gone(list(pids.values()))
 

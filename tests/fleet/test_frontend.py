@@ -93,10 +93,11 @@ def test_the_engine_with_the_fewest_requests_gets_the_next():
                     Reader(cluster, request_of())
                 for worker in cluster.workers.values():
                     await worker.heard(Add, count)
-            cluster.workers[1].end(cluster.workers[1].inbox[-1].request, FinishReason.LENGTH)
+            first, second = await cluster.workers[1].heard(Add, 2)
+            cluster.workers[1].end(first.request, FinishReason.LENGTH)
             await cluster.settle(1)
             Reader(cluster, request_of())
-            await cluster.workers[1].heard(Add, 3)
+            assert (await cluster.workers[1].heard(Add, 3))[:2] == [first, second]
 
     run(main())
 

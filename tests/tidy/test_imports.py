@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": SERVING | {"server"},
     "cli": SERVING | {"server", "chat", "demo", "fleet", "bench"},
     "__init__": SERVING,
-    "__main__": {"cli", *SERVING, "server"},
+    "__main__": {"cli", *SERVING, "server", "fleet"},
 }
 
 
