@@ -11,6 +11,7 @@ import asyncio
 import functools
 import os
 import random
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +63,8 @@ def others() -> list[Ask]:
     return found
 
 
-def run(scenarios: Sequence[Scenario], kind: str = "tcp", **setup: float) -> None:
-    """Plays them one after the other in one fleet."""
+def check_all(scenarios: Sequence[Scenario], kind: str = "tcp", **setup: float) -> None:
+    """Plays them one after the other in one fleet; what was played is written to standard output."""
     chosen = part_of(scenarios)
     firsts = [scenario.ask(number * ATTEMPTS) for number, scenario in enumerate(chosen)]
     oracle.learn([*others(), *firsts])
@@ -73,6 +74,7 @@ def run(scenarios: Sequence[Scenario], kind: str = "tcp", **setup: float) -> Non
             for number, (scenario, first) in enumerate(zip(chosen, firsts, strict=True)):
                 await play(made, number, scenario, first)
             await made.quiet()
+            sys.stdout.write(f"{len(chosen)} of {len(scenarios)} scenarios, seed {SEED}, {made.num_deaths} deaths\n")
 
     asyncio.run(main())
 
@@ -81,7 +83,9 @@ async def play(made: Yard, number: int, scenario: Scenario, first: Ask) -> None:
     """Until it came to what it is about."""
     for attempt in range(ATTEMPTS):
         ask = scenario.ask(number * ATTEMPTS + attempt) if attempt else first
-        if await play_once(made, 2 * number + attempt, scenario, ask):
+        came = await play_once(made, 2 * number + attempt, scenario, ask)
+        sys.stdout.write(f"{scenario.name}{'' if came else ': not yet'}\n")
+        if came:
             return
     raise AssertionError(f"{scenario.name}: it never came to that")
 

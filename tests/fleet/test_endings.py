@@ -14,7 +14,7 @@ from kvlite.types import FinishReason
 from tests.fleet.asks import config, oracle, stopping, subject
 from tests.fleet.faults import Ask, Client, Passing, Trap, Yard, yard
 from tests.fleet.proxy import Fault
-from tests.fleet.scenarios import MESSAGES, Act, Scenario, check, first_of, order, run
+from tests.fleet.scenarios import MESSAGES, Act, Scenario, check, check_all, first_of, order
 
 LATE_BEATS = 16
 """Statistics of engines for which a frame is held when the request does not end meanwhile: it is frozen."""
@@ -73,7 +73,7 @@ def left(message: str) -> Act:
 
 
 def test_a_request_that_ends_in_any_way_at_any_message_leaves_nothing_behind() -> None:
-    run(
+    check_all(
         [
             Scenario(f"{how} at {name}", act(name), ask, may_end)
             for name, (how, act, ask, may_end) in product(

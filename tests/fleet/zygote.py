@@ -8,14 +8,16 @@ every worker is killed, stopped ones too. `Zygote` is the side that asks.
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import json
 import os
 import select
 import signal
+import subprocess
 import sys
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from kvlite.fleet.auth import FleetKey
 from kvlite.fleet.messages import Setup, encode_setup
@@ -25,54 +27,60 @@ STATS_S = 0.05
 
 
 class Zygote:
-    """The process that forks, and what it has forked."""
+    """The process that forks, one for all tests; what is forked here belongs to this object and its event loop."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self) -> None:
+        self._process = _process()
+        self._loop = asyncio.get_running_loop()
         self._answers: asyncio.Queue[int] = asyncio.Queue()
         self._ends: dict[int, asyncio.Future[int]] = {}
-        self._reading = asyncio.create_task(self._read())
-
-    @classmethod
-    async def start(cls) -> Self:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.fleet.zygote", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
-        return cls(process)
+        self._rest = b""
+        assert self._process.stdout is not None
+        self._loop.add_reader(self._process.stdout.fileno(), self._read)
 
     async def fork(self, setup: Setup, key: FleetKey) -> int:
         """The process id of a new worker."""
         assert self._process.stdin is not None
         order = {"setup": encode_setup(setup).decode(), "key": key.to_env()}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
         return await self._answers.get()
 
     async def exited(self, pid: int) -> int:
         """Its status, as waitpid gives it, once it has ended."""
         return await asyncio.shield(self._end(pid))
 
-    def is_alive(self, pid: int) -> bool:
-        return not self._end(pid).done()
-
     async def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        await self._process.wait()
-        await self._reading
+        """Kills what still runs."""
+        for pid, end in self._ends.items():
+            if not end.done():
+                os.kill(pid, signal.SIGKILL)
+        await asyncio.gather(*self._ends.values())
+        assert self._process.stdout is not None
+        self._loop.remove_reader(self._process.stdout.fileno())
 
     def _end(self, pid: int) -> asyncio.Future[int]:
         if pid not in self._ends:
-            self._ends[pid] = asyncio.get_running_loop().create_future()
+            self._ends[pid] = self._loop.create_future()
         return self._ends[pid]
 
-    async def _read(self) -> None:
+    def _read(self) -> None:
         assert self._process.stdout is not None
-        async for line in self._process.stdout:
+        *lines, self._rest = (self._rest + os.read(self._process.stdout.fileno(), 1 << 16)).split(b"\n")
+        for line in lines:
             said = json.loads(line)
             if "forked" in said:
+                self._end(said["forked"])
                 self._answers.put_nowait(said["forked"])
             else:
                 self._end(said["exited"]).set_result(said["status"])
+
+
+@functools.cache
+def _process() -> subprocess.Popen[bytes]:
+    """It ends when this process does, because its input does."""
+    command = [sys.executable, "-m", "tests.fleet.zygote"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
 
 def _say(**what: Any) -> None:
