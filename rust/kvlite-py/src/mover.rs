@@ -18,6 +18,8 @@ use crate::frames::from_frame;
 const MAX_WAIT_MS: i64 = 86_400_000;
 
 type Effects<'py> = PyResult<Vec<Bound<'py, PyTuple>>>;
+/// (request, attempt, peer, whether it leaves, state)
+type Underway = (u64, u32, i32, bool, &'static str);
 
 /// Source and destination side of every move of one engine.
 #[pyclass(frozen, module = "kvlite._core")]
@@ -290,7 +292,7 @@ impl Mover {
     }
 
     /// (request, attempt, peer, whether it leaves, state) of every move under way.
-    fn moves(&self) -> PyResult<Vec<(u64, u32, i32, bool, &'static str)>> {
+    fn moves(&self) -> PyResult<Vec<Underway>> {
         guarded(&self.machine, |machine| machine.moves())
     }
 }

@@ -100,7 +100,7 @@ impl Simulation {
         let (up, open) = (self.engines_up(), self.open_requests());
         let (Some(to), Some(request)) = (self.rng.pick(&up), self.rng.pick(&open)) else { return };
         let owner = self.world.owner.owner(request);
-        let accepted = self.world.order(request, to, self.rng.next() % 5 == 0);
+        let accepted = self.world.order(request, to, self.rng.chance(200));
         let may = owner.is_some_and(|(engine, _)| engine != to && engine != NOBODY);
         assert!(may || !accepted, "no order to itself, or of what has no engine, is accepted");
         self.num_orders += u64::from(accepted);

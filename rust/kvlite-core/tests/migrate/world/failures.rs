@@ -81,11 +81,10 @@ impl World {
         let stream = &self.streams[&request];
         let (choices, max_tokens) = (stream.choices.clone(), stream.max_tokens);
         // All tokens came, the word of the end did not: the owner knows the limit as well.
-        for choice in 0..choices.len() {
-            let sequence = &choices[choice];
+        for (choice, sequence) in (0..).zip(&choices) {
             if !sequence.ended && sequence.outputs.len() >= max_tokens {
-                self.owner.finish(request, to, epoch, choice as u32);
-                self.end_choice(request, choice as u32);
+                self.owner.finish(request, to, epoch, choice);
+                self.end_choice(request, choice);
             }
         }
         let stream = &self.streams[&request];
