@@ -38,6 +38,8 @@ from kvlite.startup import model_directory
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import GenerationDefaults
 
+START_S = 1800.0
+"""How long an engine may load."""
 RESTART_PAUSE_S = 0.2
 """Doubles with every restart in the window."""
 RESTART_PAUSE_MAX_S = 5.0
@@ -105,13 +107,13 @@ class Launcher:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self, engine: int) -> None:
-        """A new process of `engine`, until it is up. Raises ConfigError or ModelLoadError when it ends before."""
+        """A new process of `engine`, until it is up. Raises ConfigError or ModelLoadError when that does not happen."""
         self._fleet.states[engine] = EngineState.STARTING
         worker = self._workers[engine] = await _Worker.spawn(self._setup(engine), self._key)
         up = asyncio.create_task(self._fleet.until_up(engine))
         exited = asyncio.create_task(worker.process.wait())
         try:
-            await asyncio.wait({up, exited}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({up, exited}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             up.cancel()
             exited.cancel()
