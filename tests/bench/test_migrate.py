@@ -1,0 +1,59 @@
+"""Figures of moves: gaps and steps out of times, slow-downs with their intervals, options; no fleet."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from bench import migrate
+from bench.errors import BenchError
+from bench.migrate import Slowed
+from kvlite.fleet.moves import MoveHow, MoveReport
+
+REPORT = MoveReport(
+    request="r", id=1, source=0, to=1, how=MoveHow.COPY, result="moved", reason="", tokens=10, stages=2, blocks=3,
+    bytes=300, seconds=3.0, gap_s=2.0,
+)  # fmt: skip
+
+
+def test_a_gap_is_the_longest_wait_from_the_order_on_and_steps_are_those_without_a_move() -> None:
+    times = [float(n) for n in range(12)]
+    times += [times[-1] + 2.5, *(times[-1] + 2.5 + n for n in range(1, 12))]
+    move = migrate._seen(times, ordered=9.5, num_tokens=10, report=REPORT)
+    assert (move.gap_s, move.step_s, move.none_s, move.steps) == (2.5, 1.0, 1.0, 2.5)
+
+
+def test_a_wait_before_the_order_is_no_gap_of_the_move() -> None:
+    times = [0.0, 1.0, 9.0, *(9.0 + n for n in range(1, 22))]
+    move = migrate._seen(times, ordered=18.5, num_tokens=12, report=replace(REPORT, tokens=12))
+    assert move.gap_s == 1.0
+    assert move.step_s == 1.0
+
+
+def test_a_slow_down_weighs_steps_and_its_interval_holds_it() -> None:
+    moves = [[Slowed(1.0, 1.1, 3), Slowed(2.0, 2.0, 1)], [Slowed(1.0, 1.3, 1)]]
+    slow, low, high = migrate.slow_down(moves, random.Random(1))
+    assert slow == pytest.approx((3.3 + 2.0 + 1.3) / (3.0 + 2.0 + 1.0) - 1)
+    assert low <= slow <= high
+    same, low, high = migrate.slow_down([[Slowed(1.0, 1.0, 4)]] * 5, random.Random(1))
+    assert same == low == high == 0.0
+
+
+def test_the_steps_of_a_neighbour_belong_to_the_move_when_they_overlap_it() -> None:
+    times = [0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 8.0]
+    assert migrate._slowed(times, since=0.0, ordered=3.5, over=6.0) == Slowed(1.0, 2.0, 2)
+
+
+def test_lengths_and_transports_are_checked() -> None:
+    options = migrate.parse(["--lengths", "512,256,512", "--transports", "gbit,shm", "--replays", "0"])
+    assert (options.lengths, options.transports, options.replays) == ([256, 512], ["gbit", "shm"], [])
+    for wrong in (["--lengths", "0"], ["--transports", "pigeon"], ["--rounds", "0"], ["--threads", "7"]):
+        with pytest.raises(BenchError):
+            migrate.parse(wrong)
+
+
+def test_the_flatness_of_gaps_is_the_longest_over_the_shortest() -> None:
+    figures = {"gap_ms_256": 10.0, "gap_ms_8k": 14.0, "gap_ms_256_tcp": 10.0, "gap_ms_8k_tcp": 30.0}
+    assert migrate.ratios([256, 1024, 8192], figures) == {"gap_8k_over_256": 1.4, "gap_8k_over_256_tcp": 3.0}
