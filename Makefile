@@ -28,6 +28,8 @@ KVLITE_SEEDS ?= 10000
 KVLITE_MODEL_SEEDS ?= 500
 KVLITE_MIGRATION_SEEDS ?= 65000
 KVLITE_STEPS ?= 2000
+# Forced moves between real processes, and every fault at every message.
+KVLITE_MOVES ?= 10000
 PYTEST_ARGS ?=
 
 .PHONY: help demo test test-rust test-python lint format bench peers soak build clean lines constraints
@@ -72,6 +74,8 @@ soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLIT
 	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_STEPS=$(KVLITE_STEPS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \
 	  KVLITE_MIGRATION_SEEDS=$(KVLITE_MIGRATION_SEEDS) KVLITE_EXPLORE_DEEP=1 \
 	  cargo test --release -p kvlite-core --test model --test simulate --test migrate -- --nocapture
+	@KVLITE_MOVES=$(KVLITE_MOVES) $(PY) -m pytest -s --timeout 0 \
+	  tests/fleet/test_storm.py tests/fleet/test_faults.py tests/fleet/test_endings.py
 
 build: $(EXTENSION) ## set up .venv and compile the Rust part
 
