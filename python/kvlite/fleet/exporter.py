@@ -30,6 +30,8 @@ from kvlite.runner.plan import Int32
 
 PART_BYTES = 4 << 20
 """Payload of one frame: small enough for others to get their turn on the link."""
+SMALL_BYTES = 1 << 20
+"""Blocks that are hashed or stored faster than a thread takes over: the tail, for which a client waits."""
 
 Effects: TypeAlias = list[tuple[Any, ...]]
 Answer: TypeAlias = Callable[[_core.Mover, int], Effects]
@@ -206,12 +208,16 @@ class Exporter:
                 raise EngineError("the move is over")
             some = rows[start : start + per_part]
             is_last = start + per_part >= len(rows)
-            frame, payload = await asyncio.to_thread(self._part, stage, part, is_last, some)
+            num_bytes = len(some) * self._copier.block_bytes
+            if num_bytes <= SMALL_BYTES:
+                frame, payload = self._part(stage, part, is_last, some)
+            else:
+                frame, payload = await asyncio.to_thread(self._part, stage, part, is_last, some)
             await self._peers.send(leaving.to, frame, payload)
-            leaving.sent_bytes += len(some) * self._copier.block_bytes
+            leaving.sent_bytes += num_bytes
 
     def _part(self, stage: tuple[int, int, int, int], part: int, is_last: bool, rows: Int32) -> tuple[bytes, Payload]:
-        """Digests take their time: not on the event loop."""
+        """A frame, and where its payload lies."""
         blocks = np.ascontiguousarray(rows[:, 2])
         keys = np.ascontiguousarray(rows[:, :2])
         payload = self._copier.payload(blocks)

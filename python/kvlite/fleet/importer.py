@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvlite import _core
 from kvlite.async_engine import AsyncEngine
 from kvlite.errors import CapacityError, EngineClosedError, InvalidRequestError, KvliteError
 from kvlite.fleet import parcel
 from kvlite.fleet.copier import KVCopier
-from kvlite.fleet.exporter import Answer
+from kvlite.fleet.exporter import SMALL_BYTES, Answer
 from kvlite.fleet.live import LiveRequests
 from kvlite.migration import Migration, Moving
 from kvlite.readers import RawStream
@@ -101,7 +102,7 @@ class Importer:
         async with arriving.writing:
             if arriving.dropped:
                 return False
-            if not await asyncio.to_thread(_core.verify_blocks, frame, np.frombuffer(payload, np.uint8)):
+            if not await _verify(frame, np.frombuffer(payload, np.uint8)):
                 log.error("blocks of request %d from engine %d are not what their digests say", request, peer)
                 return False
             try:
@@ -113,7 +114,11 @@ class Importer:
 
     async def _write(self, ticket: int, keys: Int32, payload: memoryview) -> None:
         places = [self._migration.import_block(ticket, choice, index) for choice, index in keys.tolist()]
-        await asyncio.to_thread(self._copier.store, np.asarray(places, np.int32), payload)
+        blocks = np.asarray(places, np.int32)
+        if len(payload) <= SMALL_BYTES:
+            self._copier.store(blocks, payload)
+        else:
+            await asyncio.to_thread(self._copier.store, blocks, payload)
         for choice, index in keys.tolist():
             self._migration.import_filled(ticket, choice, index)
 
@@ -173,3 +178,9 @@ class Importer:
     def _get(self, request: int, attempt: int) -> _Arriving | None:
         arriving = self._arriving.get(request)
         return arriving if arriving is not None and arriving.attempt == attempt else None
+
+
+async def _verify(frame: bytes, payload: NDArray[np.uint8]) -> bool:
+    if len(payload) <= SMALL_BYTES:
+        return _core.verify_blocks(frame, payload)
+    return await asyncio.to_thread(_core.verify_blocks, frame, payload)
