@@ -272,9 +272,9 @@ class Loop:
             num_steps=stats["steps_total"],
             num_failed_steps=stats["failed_plans_total"],
             num_preemptions=stats["preemptions_total"],
-            num_migrations_out=stats.get("migrations_out_total", 0),
-            num_migrations_in=stats.get("migrations_in_total", 0),
-            num_imports_cancelled=stats.get("imports_cancelled_total", 0),
+            num_migrations_out=stats["migrations_out_total"],
+            num_migrations_in=stats["migrations_in_total"],
+            num_imports_cancelled=stats["imports_cancelled_total"],
             finished=dict(zip(REASONS, stats["finished_total"], strict=True)),
         )
 
