@@ -140,3 +140,25 @@ def test_two_movers_with_opposite_orders_lose_no_token() -> None:
             await made.quiet()
 
     asyncio.run(main())
+
+
+def test_requests_that_wait_or_are_half_prefilled_move_too() -> None:
+    asks = [single(30 + n) for n in range(10)]
+    oracle.learn(asks)
+
+    async def main() -> None:
+        async with yard(config(max_num_seqs=2, max_num_batched_tokens=32)) as made:
+            clients = [Client(made.fleet, ask, f"r{n}") for n, ask in enumerate(asks)]
+            await made.fleet.until(lambda: made.owner_of("r9") is not None)
+            orders: list[tuple[str, int]] = []
+            for client in clients:
+                source = made.owner_of(client.name)
+                if source is not None and not client.num_tokens:
+                    orders.append((client.name, 1 - source))
+            reports = await asyncio.gather(*(made.move(name, to) for name, to in orders))
+            for client in clients:
+                check("moved before its first token", client.ask, await client.task)
+            assert any(report is not None and report.moved for report in reports)
+            await made.quiet()
+
+    asyncio.run(main())
