@@ -238,7 +238,7 @@ class Core:
         """
 
     def import_filled(self, ticket: int, choice: int, index: int) -> None:
-        """The bytes of that block are there and verified. InvalidArgument: the reservation has expired, it is free now."""
+        """The bytes of that block are there and verified. InvalidArgument: the reservation expired, it is free."""
 
     def import_extend(self, ticket: int, deadline_ms: int | None) -> None:
         """Another deadline for a reservation; None: only `import_commit` and `import_cancel` end it (after a claim)."""

@@ -198,10 +198,10 @@ impl Core {
         let source = (0..num_choices).rev().max_by_key(|&choice| prompt_of(choice)).filter(|&at| lens[at] > 0);
         let Some(source) = source else { return Portion { lens, source: None } };
         let shared = self.full_prompt_blocks(request) * self.config.block_size;
-        for choice in 0..num_choices {
-            let fits = lens[choice] >= shared && recipe_of(choice) == recipe_of(source);
+        for (choice, len) in lens.iter_mut().enumerate() {
+            let fits = *len >= shared && recipe_of(choice) == recipe_of(source);
             if choice != source && !fits {
-                lens[choice] = 0;
+                *len = 0;
             }
         }
         Portion { lens, source: Some(source as u32) }

@@ -321,9 +321,9 @@ fn streams_that_move_at_random_points_are_the_streams_that_stay() {
     let seen = *totals.lock().unwrap();
     println!("{seen:?}");
     if seeds.end - seeds.start >= DEFAULT_SEEDS {
-        let rare = seen.moved_blends.min(seen.moved_choices).min(seen.moved_waiting).min(seen.replayed);
-        let broken = seen.aborted.min(seen.expired).min(seen.ended).min(seen.refused);
-        assert!(seen.moved > 5_000 && rare > 500 && broken > 100, "too little happened: {seen:?}");
+        let with_kv = seen.moved_blends > 200 && seen.moved_choices > 60 && seen.blocks > 2_000;
+        let rare = seen.moved_waiting.min(seen.replayed).min(seen.aborted).min(seen.expired).min(seen.ended);
+        assert!(seen.moved > 3_000 && with_kv && rare > 200, "too little happened: {seen:?}");
     }
 }
 
