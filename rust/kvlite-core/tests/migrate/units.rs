@@ -263,12 +263,10 @@ fn a_claim_that_nobody_ordered_or_that_loses_tokens_is_denied() {
     assert!(denied(&mut owner, 1, claim(vec![choice(&[1, 2]), choice(&[])])), "it has one choice");
     let frame = Frame::Claim { id: ID, source: 2, stages: 0, blocks: 0, choices: vec![choice(&[1, 2])] };
     assert!(denied(&mut owner, 1, frame), "engine 2 does not own it");
-    let id = MoveId { attempt: 2, ..ID };
-    assert!(denied(
-        &mut owner,
-        1,
-        Frame::Claim { id, source: 0, stages: 0, blocks: 0, choices: vec![choice(&[1, 2])] }
-    ));
+    for id in [MoveId { attempt: 2, ..ID }, MoveId { epoch: 1, ..ID }] {
+        let choices = vec![choice(&[1, 2])];
+        assert!(denied(&mut owner, 1, Frame::Claim { id, source: 0, stages: 0, blocks: 0, choices }));
+    }
     owner.remove(7);
     assert!(denied(&mut owner, 1, claim(vec![choice(&[1, 2])])), "it has ended");
 }
@@ -287,6 +285,24 @@ fn when_the_source_dies_a_late_claim_still_completes_until_the_replay() {
     assert!(matches!(owner.due()[..], [OwnerEffect::Moved { result: MoveResult::Failed, .. }]));
     let denied = OwnerEffect::Send { engine: 1, frame: Frame::Denied { id: ID } };
     assert_eq!(owner.frame(1, claim(vec![choice(&[3])])), Ok(vec![denied]));
+}
+
+#[test]
+fn a_reclaim_of_an_epoch_long_gone_takes_nothing_back() {
+    let mut owner = ordered(1, false);
+    owner.frame(1, claim(vec![choice(&[])])).expect("a claim");
+    owner.order(7, 0, false, 0).expect("back again");
+    let id = MoveId { request: 7, epoch: 1, attempt: 2 };
+    let frame = Frame::Claim { id, source: 1, stages: 0, blocks: 0, choices: vec![choice(&[])] };
+    owner.frame(0, frame).expect("a claim");
+    assert_eq!(owner.owner(7), Some((0, 2)));
+    let revoked = OwnerEffect::Send { engine: 0, frame: Frame::Revoked { request: 7, epoch: 0 } };
+    assert_eq!(owner.frame(0, Frame::Reclaim { id: ID }), Ok(vec![revoked]));
+    assert_eq!(owner.owner(7), Some((0, 2)));
+    let mut mover = Mover::new(0, limits());
+    mover.order(MoveId { request: 7, epoch: 2, attempt: 3 }, 1, false);
+    assert_eq!(mover.frame(OWNER, Frame::Revoked { request: 7, epoch: 0 }, 0), Ok(vec![]), "it has epoch 2 now");
+    assert_eq!(mover.moves().len(), 1);
 }
 
 #[test]
