@@ -30,7 +30,7 @@ impl Core {
         let makes = self.seq(slot).makes;
         let state = self.request(self.seq(slot).request);
         let num_rows = if state.announced || self.seq(slot).repairs() { 1 } else { state.num_choices as usize };
-        let is_alone = self.running.is_empty() && self.arrivals.is_empty() && self.exports.is_empty();
+        let is_alone = self.is_alone();
         if self.refused == Some((slot, self.room_epoch)) && !is_alone {
             return false;
         }
@@ -63,8 +63,7 @@ impl Core {
         self.use_segments(slot);
         let wanted = (known.div_ceil(self.config.block_size) - num_hits) as usize;
         let mut fresh = std::mem::take(&mut self.scratch_blocks);
-        let mut fits =
-            (is_alone || self.has_room(slot, num_rows)) && self.take_blocks(makes, wanted, cursor, &mut fresh);
+        let mut fits = (is_alone || self.has_room(slot, num_rows)) && self.obtain(makes, wanted, cursor, &mut fresh);
         if !fits
             && is_alone
             && makes.is_none()
@@ -91,8 +90,13 @@ impl Core {
         fits || (is_alone && self.ask_for_less(slot))
     }
 
+    /// Whether the whole pool is there for whoever comes next.
+    pub(super) fn is_alone(&self) -> bool {
+        self.running.is_empty() && self.arrivals.is_empty() && self.exports.is_empty()
+    }
+
     /// Blocks for an admission; a maker's segment gets its own beside them, or neither gets any.
-    fn take_blocks(
+    fn obtain(
         &mut self,
         makes: Option<SegmentId>,
         wanted: usize,

@@ -190,7 +190,7 @@ impl Core {
         cursor.into_iter().for_each(|block| self.cache.pin(block));
         let needs = arrival.manifest.needs(&self.config);
         let (num_hits, held) = (arrival.hits.len() as u64, needs.now - arrival.hits.len() as u64);
-        let is_alone = self.running.is_empty() && self.arrivals.is_empty() && self.exports.is_empty();
+        let is_alone = self.is_alone();
         let mut demands = std::mem::take(&mut self.scratch_demands);
         let promised = self.demands(&mut demands) + needs.soon.max(needs.now) - num_hits;
         demands.push(Demand { remaining: needs.end - needs.now, held });
