@@ -41,8 +41,8 @@ from .limits import kv_bytes_per_token
 from .options import add_model_options, integers, model_directory, torch_dtype
 from .report import finish, origin
 
-BEFORE = 8
-"""Tokens before a move, after those of the start."""
+BEFORE = 6
+"""Tokens before a move, after as many of the start; and behind it, after those that belong to it."""
 AFTER = 4
 """Tokens behind a move that still belong to it."""
 ROOM = 512
@@ -136,23 +136,22 @@ class Bench:
 
 
 def _seen(times: Sequence[float], ordered: float, num_tokens: int, report: MoveReport) -> Move:
-    """Gap, median step, and the longest of as many steps before the move; the first two tokens came together."""
+    """Gap, median step, and the longest of as many steps without a move; the first tokens are left out."""
     steps = [after - before for before, after in pairwise(times)]
     first = next(n for n, at in enumerate(times) if n >= report.tokens and at > ordered) - 1
     last = next((n for n in range(first, len(steps)) if times[n + 1] > ordered + report.seconds), len(steps) - 1)
     window = steps[first : last + AFTER]
     calm = steps[2 : num_tokens - 1] + steps[last + AFTER :]
-    unmoved = steps[2 : num_tokens - 1][-len(window) :]
-    return Move(max(window), statistics.median(calm), max(unmoved), report)
+    return Move(max(window), statistics.median(calm), max(calm[: len(window)]), report)
 
 
 async def gaps(bench: Bench, length: int, options: argparse.Namespace, *, replays: bool) -> dict[str, Any]:
     """Every way to move a request of `length` tokens: figures, after the gate."""
     streams = Streams(bench._prompt[:length])
     found: dict[tuple[str, str], list[Move]] = {}
-    for _ in range(options.rounds):
+    for turn in range(options.rounds):
         for transport in bench.transports:
-            for way in ("live", "blocking"):
+            for way in ("live", "blocking") if turn % 2 == 0 else ("live",):
                 bench.fleet.freeze_first(way == "blocking")
                 move = await bench.journey(length, transport, MoveHow.COPY, streams)
                 found.setdefault((way, transport.name), []).append(move)
@@ -309,9 +308,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench migrate", description="moves of requests between engines")
     add_model_options(parser)
     parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192", help="tokens when it moves")
-    parser.add_argument("--replays", default="256,1024,8192", help="lengths that are also replayed; 0: none")
-    parser.add_argument("--rounds", type=int, default=3, help="moves of each kind")
-    parser.add_argument("--moves", type=int, default=10, help="moves beside neighbours, per transport; 0: none")
+    parser.add_argument("--replays", default="256,8192", help="lengths that are also replayed; 0: none")
+    parser.add_argument("--rounds", type=int, default=3, help="live moves of each kind; half as many blocking ones")
+    parser.add_argument("--moves", type=int, default=8, help="moves beside neighbours, per transport; 0: none")
     parser.add_argument("--neighbour-length", type=int, default=2048, help="tokens of the request that leaves them")
     parser.add_argument("--transports", default=",".join(TRANSPORTS), help="separated by commas")
     options = parser.parse_args(arguments)
@@ -373,6 +372,8 @@ def main(arguments: list[str]) -> int:
     figures: dict[str, Any] = origin() | {"model": directory.name, "dtype": str(dtype).removeprefix("torch.")}
     figures |= {"engine_threads": 1, "rounds": options.rounds, "transports": options.transports}
     figures["kv_bytes_per_token"] = kv_bytes_per_token(config, dtype)
+    start = time.perf_counter()
     figures |= asyncio.run(measure(options, config, figures["kv_bytes_per_token"]))
+    figures["seconds"] = round(time.perf_counter() - start)
     finish("migrate", figures, options.save)
     return 0
