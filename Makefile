@@ -73,7 +73,7 @@ peers: build ## vLLM in an environment of its own (.peers, 6 GB), for: python -m
 soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLITE_MODEL_SEEDS, KVLITE_MIGRATION_SEEDS)
 	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_STEPS=$(KVLITE_STEPS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \
 	  KVLITE_MIGRATION_SEEDS=$(KVLITE_MIGRATION_SEEDS) KVLITE_EXPLORE_DEEP=1 \
-	  cargo test --release -p kvlite-core --test model --test simulate --test migrate -- --nocapture
+	  cargo test --release -p kvlite-core --test model --test simulate --test migrate --test migration -- --nocapture
 	@KVLITE_MOVES=$(KVLITE_MOVES) $(PY) -m pytest -s --timeout 0 \
 	  tests/fleet/test_storm.py tests/fleet/test_faults.py tests/fleet/test_endings.py
 

@@ -68,7 +68,9 @@ class Requests:
         stream = Stream(self._num_added, name or str(self._num_added), request, seed, self._tokenizer)
         member = self._choose()
         assert member is not None, "there is room, or nothing is accepted"
-        epoch = self.owner.add(stream.id, member.id, request.params.n, request.params.logprobs is not None)
+        # A claim must not overtake scores that only the old engine has, the prompt's neither.
+        wants_scores = request.params.logprobs is not None or request.params.prompt_logprobs is not None
+        epoch = self.owner.add(stream.id, member.id, request.params.n, wants_scores)
         self.streams[stream.id] = stream
         try:
             self._add(stream, member, epoch, None)
@@ -204,10 +206,9 @@ class Requests:
 
     def _speaks_for(self, member: Member, request: int, epoch: int) -> bool:
         """Whether an engine owns a request under that epoch; one that does not is told so."""
-        if self.owner.owner(request) == (member.id, epoch):
-            return True
-        self.carry(self.owner.fence(request, member.id, epoch))
-        return False
+        effects = self.owner.fence(request, member.id, epoch)
+        self.carry(effects)
+        return not effects
 
     def carry(self, effects: Sequence[tuple[Any, ...]]) -> None:
         """Carries out what `_core.Owner` decided, in order."""
