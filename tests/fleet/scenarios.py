@@ -29,7 +29,7 @@ ATTEMPTS = 5
 NUM_MOVES = int(os.environ.get("KVLITE_MOVES", "0"))
 """0: as many as continuous integration has time for."""
 SEED = int(os.environ.get("KVLITE_SEED", "0"))
-FEWER = 4
+FEWER = 5
 """One in so many scenarios is played without KVLITE_MOVES."""
 
 Act = Callable[[Yard, Client, int, int], Awaitable[Trap]]
