@@ -8,7 +8,10 @@
 //!   row m     (m0, l0, o0)    + (m1, l1, o1)    + (m2, l2, o2)   -> o / l, lse = m + ln l
 //! ```
 //!
-//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head).
+//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head). Tiles of many lines, a
+//! line being one head of one row, turn each split's keys once and score them for several lines together (`columns`).
+
+mod columns;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -23,6 +26,8 @@ const TILE_ROWS: usize = 32;
 /// With more (row, head) lines than this a tile copies each split to a contiguous f32 tile first: blocks of a pool lie a
 /// power of two apart and would evict each other from the caches between lines.
 const PACK_LINES: usize = 4;
+/// From so many lines on, turning the keys of a split costs less than it saves.
+const COLUMN_LINES: usize = 24;
 
 /// Arguments of `attention`. T rows, H query heads, KH KV heads, S sequences.
 #[derive(Clone, Copy, Debug)]
@@ -167,9 +172,9 @@ struct Scratch {
     state: Vec<(f32, f32)>,
     /// Running output per line, [rows, group, dim].
     acc: Vec<f32>,
-    /// Output of one split for one row, [group, dim].
+    /// Output of one split for some lines, [lines, dim].
     partial: Vec<f32>,
-    /// Scores, then weights, of one split for one row, [group, SCORES].
+    /// Scores, then weights, of one split for some lines, [lines, SCORES].
     scores: Vec<f32>,
     keys: Side,
     values: Side,
@@ -183,6 +188,8 @@ pub(crate) struct Side {
     /// The split as contiguous f32 rows of the padded dim; unused when the cache is read in place.
     packed: Vec<f32>,
     is_packed: bool,
+    /// The split as columns (`lanes::turn`), where it was turned.
+    pub(crate) columns: Vec<f32>,
 }
 
 thread_local! {
@@ -224,6 +231,14 @@ impl Side {
         }
     }
 
+    /// Turns the split that was loaded and packed.
+    #[inline(always)]
+    pub(crate) fn turn(&mut self, dim: usize) {
+        let keys = self.offsets.len();
+        self.columns.resize(SPLIT * dim, 0.0);
+        lanes::turn(self.packed[..keys * dim].chunks_exact(dim), dim, &mut self.columns);
+    }
+
     /// The memory that `offsets` count in.
     #[inline(always)]
     pub(crate) fn memory<'a, E: Element>(&'a self, cache: &KvCache<'a, E>) -> &'a [f32] {
@@ -258,6 +273,10 @@ fn tile_body<E: Element, const FUSED: bool>(
             widen(args.q.head(row, kv_head * group + g), &mut scratch.q[(i * group + g) * dim..][..dim]);
         }
     }
+    let turns = lines >= COLUMN_LINES;
+    if turns {
+        scratch.turn_queries(dim);
+    }
     let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
     let mut split = tile.keys.start / SPLIT * SPLIT;
     while split < tile.keys.end {
@@ -265,12 +284,21 @@ fn tile_body<E: Element, const FUSED: bool>(
         let pack = lines > PACK_LINES;
         scratch.keys.load(&args.k_cache, table, range.clone(), kv_head, pack);
         scratch.values.load(&args.v_cache, table, range.clone(), kv_head, pack);
-        for (i, row) in tile.rows.clone().enumerate() {
+        let seen = |row: usize| {
             let visible = args.visible(tile.sequence, row);
             let keys = visible.start.max(range.start)..visible.end.min(range.end);
-            if !keys.is_empty() {
-                let keys = keys.start - range.start..keys.end - range.start;
-                row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
+            keys.start.saturating_sub(range.start)..keys.end.saturating_sub(range.start)
+        };
+        if turns {
+            scratch.keys.turn(dim);
+            let lines = (0..lines).map(|line| (line, seen(tile.rows.start + line / group)));
+            columns::tile_split::<E, FUSED>(args, scratch, lines);
+        } else {
+            for (i, row) in tile.rows.clone().enumerate() {
+                let keys = seen(row);
+                if !keys.is_empty() {
+                    row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
+                }
             }
         }
         split += SPLIT;
@@ -298,9 +326,40 @@ impl Scratch {
         self.acc.resize(lines * dim, 0.0);
         self.state.clear();
         self.state.resize(lines, (f32::NEG_INFINITY, 0.0));
-        self.partial.resize(group * dim, 0.0);
-        self.scores.resize(group * SCORES, 0.0);
+        self.partial.resize(group.max(columns::LINES) * dim, 0.0);
+        self.scores.resize(group.max(columns::LINES) * SCORES, 0.0);
     }
+
+    /// Puts the dimensions of every query into the order of turned keys.
+    #[inline(always)]
+    fn turn_queries(&mut self, dim: usize) {
+        let mut turned = vec![0.0; dim];
+        for q in self.q.chunks_exact_mut(dim) {
+            for (at, value) in turned.iter_mut().enumerate() {
+                *value = q[lanes::turned(at, dim)];
+            }
+            q.copy_from_slice(&turned);
+        }
+    }
+
+    /// Adds the partial output `index` of one split, with its (max, sum), to the running result of `line`.
+    #[inline(always)]
+    fn merge<const FUSED: bool>(&mut self, line: usize, index: usize, dim: usize, new: (f32, f32)) {
+        let (max, total) = self.state[line];
+        let (new_max, new_sum) = new;
+        let merged = if new_max > max { new_max } else { max };
+        let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
+        self.state[line] = (merged, total * keep + new_sum * add);
+        lanes::blend::<FUSED>(&mut self.acc[line * dim..][..dim], keep, &self.partial[index * dim..][..dim], add);
+    }
+}
+
+/// Turns the scores of the keys `keys` in a line's score buffer into weights; (max, sum).
+#[inline(always)]
+fn weigh<const FUSED: bool>(scores: &mut [f32], keys: &Range<usize>) -> (f32, f32) {
+    let padded = keys.start..keys.start + keys.len().next_multiple_of(LANES);
+    scores[keys.end..padded.end].fill(f32::NEG_INFINITY);
+    lanes::softmax::<FUSED>(&mut scores[padded])
 }
 
 /// One split of one row: all query heads of the KV head, four, two or one at a time, merged into the running result.
@@ -330,27 +389,19 @@ fn heads_split<E: Element, const G: usize, const K: usize, const W: usize, const
     keys: Range<usize>,
 ) -> usize {
     let dim = args.q.dim.next_multiple_of(LANES);
-    let Scratch { q, state, acc, partial, scores, keys: key_side, values: value_side } = scratch;
+    let Scratch { q, partial, scores, keys: key_side, values: value_side, .. } = scratch;
     let (key_memory, value_memory) = (key_side.memory(&args.k_cache), value_side.memory(&args.v_cache));
     let q = &q[line * dim..(line + G) * dim];
     lanes::scores::<G, K, FUSED>(q, key_memory, &key_side.offsets, dim, keys.clone(), args.scale, scores);
-    let padded = keys.start..keys.start + keys.len().next_multiple_of(LANES);
     let mut new = [(0.0, 0.0); G];
     for (g, new) in new.iter_mut().enumerate() {
-        let scores = &mut scores[g * SCORES..(g + 1) * SCORES];
-        scores[keys.end..padded.end].fill(f32::NEG_INFINITY);
-        *new = lanes::softmax::<FUSED>(&mut scores[padded.clone()]);
+        *new = weigh::<FUSED>(&mut scores[g * SCORES..(g + 1) * SCORES], &keys);
     }
     let partial = &mut partial[..G * dim];
     partial.fill(0.0);
     lanes::accumulate::<G, W, FUSED>(scores, value_memory, &value_side.offsets, dim, keys, partial);
-    for (g, (new_max, new_sum)) in new.into_iter().enumerate() {
-        let (max, total) = state[line + g];
-        let merged = if new_max > max { new_max } else { max };
-        let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
-        state[line + g] = (merged, total * keep + new_sum * add);
-        let acc = &mut acc[(line + g) * dim..][..dim];
-        lanes::blend::<FUSED>(acc, keep, &partial[g * dim..][..dim], add);
+    for (g, new) in new.into_iter().enumerate() {
+        scratch.merge::<FUSED>(line + g, g, dim, new);
     }
     G
 }

@@ -10,7 +10,7 @@ use crate::isa::by_isa;
 use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
 
-/// Query heads that read a key together.
+/// Query heads, of one row or of several, that read a key together.
 const HEADS: usize = 4;
 
 /// Arguments of `key_mass`.
@@ -90,39 +90,35 @@ by_isa!(compute_split<E> = split_body(args: &KeyMass<'_, E>, keys: Range<usize>,
 fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<usize>, out: &mut [f32]) {
     out.fill(0.0);
     let kv_heads = args.k_cache.layout.kv_heads;
-    let group = args.q.heads / kv_heads;
-    let dim = args.q.dim.next_multiple_of(LANES);
+    let (group, dim) = (args.q.heads / kv_heads, args.q.dim.next_multiple_of(LANES));
     let mut side = Side::default();
-    let (mut q, mut scores) = (vec![0.0; HEADS * dim], vec![0.0; HEADS * SCORES]);
+    let (mut q, mut turned, mut scores) = (vec![0.0; dim], vec![0.0; HEADS * dim], vec![0.0; HEADS * SCORES]);
     for kv_head in 0..kv_heads {
-        side.load(&args.k_cache, args.block_table.row(0), keys.clone(), kv_head, args.rows.len() > 1);
-        let (memory, offsets) = (side.memory(&args.k_cache), &side.offsets[..]);
-        for &row in args.rows {
-            let row = row as usize; // checked by `check`
-            let end = (i64::from(args.last_key[row]) + 1).clamp(keys.start as i64, keys.end as i64) as usize;
-            let seen = 0..end - keys.start;
-            let heads = kv_head * group..(kv_head + 1) * group;
-            let mut first = heads.start;
-            while first < heads.end {
-                let count = if heads.end - first >= HEADS { HEADS } else { (heads.end - first).min(2) };
-                for (i, q) in q.chunks_exact_mut(dim).take(count).enumerate() {
-                    widen(args.q.head(row, first + i), q);
-                }
-                let range = seen.clone();
-                match count {
-                    HEADS => lanes::scores::<HEADS, 1, FUSED>(&q, memory, offsets, dim, range, args.scale, &mut scores),
-                    2 => lanes::scores::<2, 2, FUSED>(&q, memory, offsets, dim, range, args.scale, &mut scores),
-                    _ => lanes::scores::<1, 4, FUSED>(&q, memory, offsets, dim, range, args.scale, &mut scores),
-                }
-                for (i, scores) in scores.chunks_exact(SCORES).take(count).enumerate() {
-                    let lse = args.lse.head(row, first + i)[0];
-                    if lse != f32::NEG_INFINITY {
-                        for (total, &score) in out[seen.clone()].iter_mut().zip(scores) {
-                            *total += lanes::exp::<FUSED>(score - lse);
-                        }
+        side.load(&args.k_cache, args.block_table.row(0), keys.clone(), kv_head, true);
+        side.turn(dim);
+        let lines = args.rows.len() * group;
+        for first in (0..lines).step_by(HEADS) {
+            let count = HEADS.min(lines - first);
+            let mut seen = [0; HEADS];
+            for i in 0..count {
+                let row = args.rows[(first + i) / group] as usize; // checked by `check`
+                let end = (i64::from(args.last_key[row]) + 1).clamp(keys.start as i64, keys.end as i64) as usize;
+                seen[i] = end - keys.start;
+                widen(args.q.head(row, kv_head * group + (first + i) % group), &mut q);
+                let target = turned[i * dim..(i + 1) * dim].iter_mut().enumerate();
+                target.for_each(|(at, value)| *value = q[lanes::turned(at, dim)]);
+            }
+            let chunks = 0..seen.iter().max().copied().unwrap_or(0).div_ceil(LANES);
+            let queries: [&[f32]; HEADS] = std::array::from_fn(|i| &turned[i * dim..(i + 1) * dim]);
+            lanes::column_scores::<HEADS, FUSED>(queries, &side.columns, chunks, args.scale, &mut scores);
+            for (i, scores) in scores.chunks_exact(SCORES).enumerate().take(count) {
+                let row = args.rows[(first + i) / group] as usize;
+                let lse = args.lse.head(row, kv_head * group + (first + i) % group)[0];
+                if lse != f32::NEG_INFINITY {
+                    for (total, &score) in out[..seen[i]].iter_mut().zip(scores) {
+                        *total += lanes::exp::<FUSED>(score - lse);
                     }
                 }
-                first += count;
             }
         }
     }

@@ -4,6 +4,8 @@
 //! compiled for; all are `inline(always)` into `by_isa!` bodies. Every sum has one order, given by indices alone:
 //! dot products add lane-wise and then as a tree, values add key by key. Vectors are padded to `LANES` by the caller.
 
+use std::ops::Range;
+
 use crate::Element;
 
 /// Lanes of one accumulator; vectors of the head dimension are padded to a multiple of it.
@@ -78,7 +80,7 @@ pub(crate) fn scores<const G: usize, const K: usize, const FUSED: bool>(
     keys: &[f32],
     offsets: &[usize],
     dim: usize,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     scale: f32,
     scores: &mut [f32],
 ) {
@@ -120,6 +122,96 @@ fn dots<const G: usize, const K: usize, const FUSED: bool>(
     }
 }
 
+/// Lanes in the order in which `sum` pairs them.
+const PAIRED: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
+
+/// Key vectors turned into columns, so that scores need no sum across lanes: per chunk of LANES keys, [dim][LANES], the
+/// dimensions in the order of `turned`. `keys` yields vectors of the padded dim; `columns` has room for whole chunks.
+#[inline(always)]
+pub(crate) fn turn<'a>(keys: impl Iterator<Item = &'a [f32]>, dim: usize, columns: &mut [f32]) {
+    let chunks = dim / LANES;
+    let (columns, _) = columns.as_chunks_mut::<LANES>();
+    for (i, key) in keys.enumerate() {
+        let block = &mut columns[i / LANES * dim..][..dim];
+        for (c, key) in key.as_chunks::<LANES>().0.iter().enumerate() {
+            for (at, &lane) in PAIRED.iter().enumerate() {
+                block[at * chunks + c][i % LANES] = key[lane];
+            }
+        }
+    }
+}
+
+/// The dimension at place `at` of a turned vector: those that `dots` adds in one lane follow each other.
+#[inline(always)]
+pub(crate) fn turned(at: usize, dim: usize) -> usize {
+    let chunks = dim / LANES;
+    at % chunks * LANES + PAIRED[at / chunks]
+}
+
+/// As `scores`, bit by bit, of turned query vectors against `chunks` of turned keys.
+#[inline(always)]
+pub(crate) fn column_scores<const G: usize, const FUSED: bool>(
+    q: [&[f32]; G],
+    columns: &[f32],
+    chunks: Range<usize>,
+    scale: f32,
+    scores: &mut [f32],
+) {
+    match q[0].len() / LANES {
+        4 => of_columns::<G, 4, FUSED>(q, columns, chunks, scale, scores),
+        8 => of_columns::<G, 8, FUSED>(q, columns, chunks, scale, scores),
+        _ => of_columns::<G, 0, FUSED>(q, columns, chunks, scale, scores),
+    }
+}
+
+/// `D` chunks of LANES dimensions; 0 = as many as there are.
+#[inline(always)]
+fn of_columns<const G: usize, const D: usize, const FUSED: bool>(
+    q: [&[f32]; G],
+    columns: &[f32],
+    chunks: Range<usize>,
+    scale: f32,
+    scores: &mut [f32],
+) {
+    let len = if D > 0 { D } else { q[0].len() / LANES };
+    let (columns, _) = columns.as_chunks::<LANES>();
+    // Lanes are added in pairs, pairs in pairs: a sum waits at each level for the other half.
+    let mut waiting = [[[0.0; LANES]; G]; LANES.ilog2() as usize];
+    for chunk in chunks {
+        for (at, keys) in columns[chunk * len * LANES..(chunk + 1) * len * LANES].chunks_exact(len).enumerate() {
+            let q: [&[f32]; G] = std::array::from_fn(|g| &q[g][at * len..][..len]);
+            let mut acc = [[0.0; LANES]; G];
+            for c in 0..len {
+                for g in 0..G {
+                    acc[g] = fma::<FUSED>(&[q[g][c]; LANES], &keys[c], &acc[g]);
+                }
+            }
+            let mut level = 0;
+            while at >> level & 1 == 1 {
+                for g in 0..G {
+                    acc[g] = plus(&waiting[level][g], &acc[g]);
+                }
+                level += 1;
+            }
+            match waiting.get_mut(level) {
+                Some(place) => *place = acc,
+                None => {
+                    for (g, total) in acc.iter().enumerate() {
+                        let target = &mut scores[g * SCORES + chunk * LANES..][..LANES];
+                        target.copy_from_slice(&total.map(|score| score * scale));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Lane by lane.
+#[inline(always)]
+pub(crate) fn plus(a: &Lane, b: &Lane) -> Lane {
+    std::array::from_fn(|i| a[i] + b[i])
+}
+
 /// Turns scores into weights `exp(score - max)` in place; returns (max, sum of weights).
 ///
 /// `scores` holds whole chunks, padded with -infinity. A NaN score makes the sum NaN.
@@ -153,7 +245,7 @@ pub(crate) fn accumulate<const G: usize, const W: usize, const FUSED: bool>(
     values: &[f32],
     offsets: &[usize],
     dim: usize,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     acc: &mut [f32],
 ) {
     let mut first = range.start;
@@ -178,7 +270,7 @@ fn columns<const G: usize, const W: usize, const FUSED: bool>(
     values: &[f32],
     offsets: &[usize],
     (dim, column): (usize, usize),
-    keys: std::ops::Range<usize>,
+    keys: Range<usize>,
     acc: &mut [f32],
 ) {
     let weights: [&[f32]; G] = std::array::from_fn(|g| &weights[g * SCORES + keys.start..g * SCORES + keys.end]);

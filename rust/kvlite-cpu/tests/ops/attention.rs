@@ -175,6 +175,26 @@ fn a_row_is_bit_identical_alone_batched_chunked_and_threaded() {
 }
 
 #[test]
+fn rows_that_lie_anywhere_and_in_any_order_keep_the_bits_they_have_alone() {
+    for (heads, kv_heads) in [(4, 2), (7, 1)] {
+        for exec in every_isa() {
+            let mut problem = Problem::<f32>::new(&shape(heads, kv_heads, 64, 16, &[(700, 40)]), 12);
+            problem.last_key.iter_mut().enumerate().for_each(|(i, last)| *last = (i as i32 * 263 + 5) % 700);
+            let (stride, (out, lse)) = (problem.row_stride(), problem.run(&exec));
+            for row in 0..40 {
+                let mut args = problem.args();
+                let query_start = [row as i32, row as i32 + 1];
+                args.query_start = &query_start;
+                let (alone, alone_lse) = problem.try_run(&exec, &args).expect("valid arguments");
+                let width = stride_used(&problem);
+                assert_eq!(bits(&out[row * stride..][..width]), bits(&alone[row * stride..][..width]), "row {row}");
+                assert_eq!(bits(&lse[row * heads..][..heads]), bits(&alone_lse[row * heads..][..heads]));
+            }
+        }
+    }
+}
+
+#[test]
 fn block_size_and_placement_never_change_a_bit() {
     for exec in every_isa() {
         let reference = Problem::<f32>::new(&shape(4, 2, 64, 16, &[(300, 9), (17, 2)]), 10);
