@@ -20,8 +20,8 @@ pub use rule::{Round, Scope};
 
 /// Rows that score the reused ones in a round over new rows, at most.
 pub const MAX_SCORING_ROWS: usize = 64;
-/// Rows whose placing costs as much as one token.
-const PLACED_ROWS_PER_TOKEN: usize = 256;
+/// Placing a row costs as much as attending to so many keys.
+const PLACE_KEYS: u64 = 32;
 /// Subtracted from ratio * rows before rounding up: what doubles lose must not buy a row.
 const RATIO_TOLERANCE: f64 = 1e-9;
 
@@ -81,8 +81,9 @@ pub(crate) struct Blend {
     pub next: usize,
     /// Plans in flight whose scores have not been read.
     pub unread: u32,
-    /// First position behind the hit, and known tokens, of this stay.
-    hit: u32,
+    /// First position that stages to come run: behind the hit, and behind what a round has finished; and known tokens,
+    /// of this stay.
+    from: u32,
     len: u32,
     kept: Vec<u32>,
     /// Of this stay's own rounds, as in `Choice`.
@@ -118,7 +119,7 @@ impl Blend {
             rows: Vec::new(),
             next: 0,
             unread: 0,
-            hit: 0,
+            from: 0,
             len: 0,
             kept: Vec::new(),
             ran: Vec::new(),
@@ -160,9 +161,18 @@ impl Blend {
         self.reused.iter().map(|range| (range.end - range.start) as usize).sum()
     }
 
-    /// What placing costs, in tokens.
-    pub fn place_cost(&self) -> u32 {
-        self.num_reused().div_ceil(PLACED_ROWS_PER_TOKEN) as u32
+    /// What placing costs, in keys attended to.
+    pub fn place_cost(&self) -> u64 {
+        PLACE_KEYS * self.num_reused() as u64
+    }
+
+    /// What one row costs that scores in `round`, beside its pass through the model, in keys attended to: its products with
+    /// the keys once more, their values not. Rounds over all rows look at few layers.
+    pub fn score_keys(&self, round: usize) -> u64 {
+        match self.rule.rounds[round].scope {
+            Scope::New => self.hull().len() as u64 / 2,
+            Scope::All => 0,
+        }
     }
 
     /// Of `chosen`, how many are reused in this stay.
@@ -179,7 +189,7 @@ impl Blend {
     /// Starts a stay over `len` known tokens behind `hit`; `reused` is set. Returns the choice if it is known without
     /// scoring: all rows, none, or those that static scores choose.
     pub fn begin(&mut self, hit: u32, len: u32) -> Option<Choice> {
-        (self.hit, self.len) = (hit, len);
+        (self.from, self.len) = (hit, len);
         self.kept = self.reused.iter().flat_map(|range| range.start..range.end).collect();
         let rule = Arc::clone(&self.rule);
         let budget = budget_of(rule.ratio, self.kept.len());
@@ -194,7 +204,7 @@ impl Blend {
 
     /// Starts a stay in which nothing is left to choose.
     pub fn replay(&mut self, hit: u32, len: u32, choice: Arc<Choice>) {
-        (self.hit, self.len) = (hit, len);
+        (self.from, self.len) = (hit, len);
         self.replayed = Some(choice);
         self.replay_from(0);
     }
@@ -216,7 +226,7 @@ impl Blend {
 
     fn start_round(&mut self, round: usize) {
         let kept: &[u32] = if self.rule.rounds[round].scope == Scope::All { &self.kept } else { &[] };
-        self.rows = list(&self.reused, kept, self.hit, self.len);
+        self.rows = list(&self.reused, kept, self.from, self.len);
         if self.replayed.is_none() {
             self.ran.push(kept.to_vec());
         }
@@ -261,6 +271,9 @@ impl Blend {
         }
         let count = budget_of(self.rule.rounds[round].ratio, self.num_reused());
         let start = self.hull().start;
+        if self.rule.rounds[round].scope == Scope::New {
+            self.from = start; // Rows before the first reused one saw exact keys alone, in every layer.
+        }
         let scored = &self.scored;
         self.kept = best(std::mem::take(&mut self.kept), |row| product(scored, start, row), count);
         if round + 1 == self.rule.rounds.len() {
@@ -272,7 +285,7 @@ impl Blend {
 
     /// Starts to compute `chosen` and the new rows.
     pub fn recompute(&mut self, chosen: &[u32]) {
-        self.rows = list(&self.reused, chosen, self.hit, self.len);
+        self.rows = list(&self.reused, chosen, self.from, self.len);
         self.next = 0;
         self.stage = Stage::Recompute;
         if self.rule.decode_rows > 0 {
@@ -346,9 +359,9 @@ fn within<'a>(rows: &'a [u32], range: &Reused) -> &'a [u32] {
     &rows[start..rows.partition_point(|&row| row < range.end)]
 }
 
-/// Rows of `hit..len` that are not reused, and of the reused ones those in `kept`.
-fn list(reused: &[Reused], kept: &[u32], hit: u32, len: u32) -> Vec<u32> {
-    let (mut rows, mut at) = (Vec::new(), hit);
+/// Rows of `first..len` that are not reused, and of the reused ones those in `kept`.
+fn list(reused: &[Reused], kept: &[u32], first: u32, len: u32) -> Vec<u32> {
+    let (mut rows, mut at) = (Vec::new(), first);
     for range in reused {
         rows.extend(at..range.start);
         rows.extend_from_slice(within(kept, range));

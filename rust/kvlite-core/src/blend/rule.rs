@@ -5,7 +5,8 @@ use std::ops::Range;
 /// Which rows a scoring round runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Rows that are not reused; those behind the last reused row score it, the last `MAX_SCORING_ROWS` of them.
+    /// Rows that are not reused, in all layers: those before the first reused row are done then. Those behind the last
+    /// reused row score it, the last `MAX_SCORING_ROWS` of them.
     New,
     /// Every row behind the hit; from the second round on those kept so far and the new ones. All of them score.
     All,

@@ -13,7 +13,7 @@ use crate::blend::{Blend, Choice, Origin, Reused, Stage};
 use crate::cache::{PartialHit, SegmentState};
 use crate::ids::{Label, Lookup};
 use crate::plan::{PlanWriter, Region, SAMPLE};
-use crate::sched::{Budget, FULL_SHARE};
+use crate::sched::{Budget, FULL_SHARE, Pass};
 use crate::sequence::Sequence;
 
 impl Core {
@@ -190,10 +190,10 @@ impl Core {
         let seq = &self.seqs[slot as usize];
         let blend = seq.blend.as_ref().expect("a blended sequence");
         let is_untouched = budget.is_untouched();
-        budget.spend_aside(blend.place_cost());
+        budget.spend_keys(blend.place_cost());
         let has_room = plan.room(Region::Score) > 0 && plan.room(Region::Scored) >= blend.hull().len();
         let last = seq.tokens.len() as u32 - 1;
-        has_room && self.may_place(blend, plan) && budget.take_rows(&[last], FULL_SHARE, is_untouched) > 0
+        has_room && self.may_place(blend, plan) && budget.take_rows(&[last], Pass::FULL, is_untouched) > 0
     }
 
     fn may_place(&self, blend: &Blend, plan: &PlanWriter<'_>) -> bool {
@@ -227,17 +227,21 @@ impl Core {
             if !self.may_place(blend, plan) {
                 return;
             }
-            trial.spend_aside(blend.place_cost());
+            trial.spend_keys(blend.place_cost());
         }
+        let is_untouched = budget.is_untouched();
         let share = round
             .map_or(FULL_SHARE, |round| ((blend.rule.rounds[round].cost * FULL_SHARE as f64).ceil() as u64).max(1));
-        let scoring = round.map_or(usize::MAX, |round| blend.first_scoring(round));
-        let priced = trial;
-        let mut count = trial.take_rows(&blend.rows[blend.next..], share, budget.is_untouched());
-        let end = blend.next + count;
-        if blend.next < scoring && scoring < end && end < blend.rows.len() {
-            trial = priced; // Rows that score go into one plan where they can.
-            count = trial.take_rows(&blend.rows[blend.next..scoring], share, budget.is_untouched());
+        let (scoring, score_keys) =
+            round.map_or((usize::MAX, 0), |round| (blend.first_scoring(round), blend.score_keys(round)));
+        let (silent, asking) = blend.rows.split_at(scoring.clamp(blend.next, blend.rows.len()));
+        let mut count = trial.take_rows(&silent[blend.next..], Pass { share, keys: 0 }, is_untouched);
+        if blend.next + count == silent.len() && !asking.is_empty() {
+            let mut further = trial;
+            let more = further.take_rows(asking, Pass { share, keys: score_keys }, is_untouched && count == 0);
+            if count == 0 || more == asking.len() {
+                (count, trial) = (count + more, further); // Rows that score go into one plan where they can.
+            }
         }
         if count > 0 && self.emit_rows(slot, count, scoring, plan, record, copied) {
             *budget = trial;

@@ -13,8 +13,22 @@ pub mod policy;
 /// Steps that a request may be held back while a running neighbour computes blocks that both begin with.
 pub const HOLD_LIMIT_STEPS: u32 = 8;
 
-/// The whole price of a row, in the unit of `Budget::take_rows`.
+/// `Pass::share` of rows that run through all layers.
 pub const FULL_SHARE: u64 = 1 << 16;
+
+/// What rows of a pass through the model cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// Part of a token's price at the row's position, in 1 / `FULL_SHARE`.
+    pub share: u64,
+    /// Keys that a row looks at beside its attention.
+    pub keys: u64,
+}
+
+impl Pass {
+    /// Rows as in any prefill.
+    pub const FULL: Pass = Pass { share: FULL_SHARE, keys: 0 };
+}
 
 /// What is left of a step's budget. One token at key position p costs `1 + p / c0`; cost is kept in units of 1 / c0.
 #[derive(Clone, Copy, Debug)]
@@ -59,12 +73,12 @@ impl Budget {
         self.cost = self.cost.saturating_sub(self.price(start, len));
     }
 
-    /// Charges as many of `positions`, in order, as the budget pays for, each at `share` / `FULL_SHARE` of a token's price
-    /// there; returns how many. `at_least_one` as in `chunk_len`. O(rows).
-    pub fn take_rows(&mut self, positions: &[u32], share: u64, at_least_one: bool) -> usize {
+    /// Charges as many of `positions`, in order, as the budget pays for; returns how many. `at_least_one` as in
+    /// `chunk_len`. O(rows).
+    pub fn take_rows(&mut self, positions: &[u32], pass: Pass, at_least_one: bool) -> usize {
         let mut count = 0;
         for &position in positions.iter().take(self.tokens as usize) {
-            let price = ((self.c0 + u64::from(position)) * share).div_ceil(FULL_SHARE);
+            let price = ((self.c0 + u64::from(position)) * pass.share).div_ceil(FULL_SHARE) + pass.keys;
             if price > self.cost && !(at_least_one && count == 0) {
                 break;
             }
@@ -75,9 +89,9 @@ impl Budget {
         count
     }
 
-    /// Charges work beside the rows, as much as `tokens` at position 0 cost.
-    pub fn spend_aside(&mut self, tokens: u32) {
-        self.cost = self.cost.saturating_sub(u64::from(tokens) * self.c0);
+    /// Charges work beside the rows, as much as looking at `keys` costs.
+    pub fn spend_keys(&mut self, keys: u64) {
+        self.cost = self.cost.saturating_sub(keys);
     }
 
     fn price(&self, start: u32, len: u32) -> u64 {
@@ -157,15 +171,25 @@ mod tests {
         let rows: Vec<u32> = (100..400).collect();
         let budget = Budget::new(64, 50);
         let whole = budget.chunk_len(100, 300, false);
+        let half = Pass { share: FULL_SHARE / 2, keys: 0 };
         let (mut by_row, mut by_half) = (budget, budget);
-        assert_eq!(by_row.take_rows(&rows, FULL_SHARE, false) as u32, whole);
-        let halves = by_half.take_rows(&rows, FULL_SHARE / 2, false) as u32;
+        assert_eq!(by_row.take_rows(&rows, Pass::FULL, false) as u32, whole);
+        let halves = by_half.take_rows(&rows, half, false) as u32;
         assert!(whole < halves && halves <= 2 * whole, "{halves} at half the price of {whole}");
-        assert_eq!(by_row.take_rows(&rows, FULL_SHARE, false), 0);
-        assert_eq!(by_row.take_rows(&rows, FULL_SHARE, true), 1);
+        assert_eq!(by_row.take_rows(&rows, Pass::FULL, false), 0);
+        assert_eq!(by_row.take_rows(&rows, Pass::FULL, true), 1);
         by_half = budget;
-        by_half.spend_aside(64);
-        assert_eq!((by_half.take_rows(&rows, 1, false), by_half.is_untouched()), (0, false));
+        by_half.spend_keys(64 * 50);
+        assert_eq!((by_half.take_rows(&rows, half, false), by_half.is_untouched()), (0, false));
+    }
+
+    #[test]
+    fn keys_that_rows_score_cost_as_much_as_keys_that_they_attend_to() {
+        let mut budget = Budget::new(64, 50);
+        let (attending, scoring) = ([300; 64], Pass { keys: 100, ..Pass::FULL });
+        let (mut twin, rows) = (budget, [200; 64]);
+        assert_eq!(budget.take_rows(&rows, scoring, false), twin.take_rows(&attending, Pass::FULL, false));
+        assert_eq!(budget.take_rows(&[0; 64], Pass::FULL, false), twin.take_rows(&[0; 64], Pass::FULL, false));
     }
 
     #[test]
