@@ -1,9 +1,12 @@
 """What blending means for others in the same engine: neighbours' steps, memory per request, the store over time.
 
-`neighbours`: requests decode while a blended one is served; the same while a plain prompt is served whose prefill takes
-as many operations as the blended request, selection and attention over its long context included.
-`x_neighbour_delay` is how much longer the neighbours waited in all for the blended one, `x_neighbour_step` compares the
-longest step that they saw: about 1 is fair.
+`neighbours`: four requests decode while one more is served, in turns: a blended one, a plain prompt whose prefill takes
+as many operations, and as many operations of a prompt as long as the blended one, whose beginning is cached (`deep`).
+Operations are those of products and attention in every row that the blended request runs, the question's twice;
+placing, scoring and choosing are overhead and count for nothing. The delay is what all steps until the first token took
+beyond as many decode steps without that request: what a second step costs is in it. `x_neighbour_delay` is the blended
+one's over the plain one's, `x_neighbour_delay_deep` over the deep one's, `x_neighbour_step` compares the longest step
+with the plain one's: about 1 is fair.
 
 `capacity`: requests on one hot document. Exact ones must begin alike and share its blocks; blended ones begin as they
 like, and each owns a placed copy. `hit_rates`: novel queries, documents drawn by popularity (Zipf), a store for about
@@ -21,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlite import Engine, RequestOptions
+from kvlite import Delta, Engine, RequestOptions
 from kvlite.models import ModelConfig, load_config
 from kvlite.reuse_types import Reuse, Segment, SegmentHit
 from kvlite.startup import SHIPPED_MODEL
@@ -67,53 +70,82 @@ MOST_DECAY = 0.1
 
 
 def neighbours(engine: Engine, config: ModelConfig, length: int, rounds: int) -> dict[str, Any]:
-    """Steps of NEIGHBOURS decoding requests beside a blended request over `length` tokens, and beside a plain one."""
+    """Steps of NEIGHBOURS decoding requests beside a blended request over `length` tokens, and beside plain ones."""
     vocab = vocabulary(config)
     library = documents(vocab, max(length // DOCUMENT_LEN, 1), DOCUMENT_LEN, seed=7)
     warm(engine, vocab, library)
     stream = prompts(vocab, library, len(library), seed=7)
-    effective = effective_len(config, ask(engine, next(stream), QUERY.reuse))
-    delays: dict[str, list[float]] = {"blend": [], "plain": []}
-    longest: dict[str, list[float]] = {"blend": [], "plain": []}
+    asked = ask(engine, next(stream), QUERY.reuse)
+    prompt_len, wanted = asked.reused_tokens + asked.report.computed_tokens, operations(config, asked)
+    effective = plain_len(config, wanted)
+    block_size = engine.config.block_size
+    cached = (prompt_len - plain_len(config, wanted, prompt_len)) // block_size * block_size
+    deep = plain_len(config, wanted, cached)
+    delays: dict[str, list[float]] = {"blend": [], "plain": [], "deep": []}
+    longest: dict[str, list[float]] = {kind: [] for kind in delays}
+    counts: dict[str, int] = {}
     bases: list[float] = []
     for turn in range(rounds):
         plain = list(tokens(f"plain {turn}", effective, vocab))
-        for kind, prompt, reuse in (("blend", next(stream), QUERY.reuse), ("plain", plain, Reuse.OFF)):
-            base, steps = beside(engine, vocab, prompt, reuse)
+        long = list(tokens(f"deep {turn}", cached + deep, vocab))
+        ask(engine, long[: cached + 1], Reuse.PREFIX)
+        cases = (("blend", next(stream), QUERY.reuse), ("plain", plain, Reuse.OFF), ("deep", long, Reuse.PREFIX))
+        for kind, prompt, reuse in cases:
+            base, steps, hit = beside(engine, vocab, prompt, reuse)
+            if kind == "deep" and hit != cached:
+                raise BenchError(f"{hit} tokens of a prompt were cached, {cached} were put there")
             bases.append(base)
             delays[kind].append(sum(steps) - len(steps) * base)
             longest[kind].append(max(steps))
+            counts[kind] = len(steps)
     delay, step = ({k: statistics.median(v) for k, v in found.items()} for found in (delays, longest))
     print(
         f"neighbours: a step takes {statistics.median(bases) * 1e3:.1f} ms alone; a blended request costs them "
         f"{delay['blend'] * 1e3:.0f} ms (longest step {step['blend'] * 1e3:.0f}), a plain one of its {effective} "
-        f"effective tokens {delay['plain'] * 1e3:.0f} ms ({step['plain'] * 1e3:.0f})", flush=True
+        f"effective tokens {delay['plain'] * 1e3:.0f} ms ({step['plain'] * 1e3:.0f}), {deep} tokens behind {cached} "
+        f"cached ones {delay['deep'] * 1e3:.0f} ms ({step['deep'] * 1e3:.0f})", flush=True
     )  # fmt: skip
     return {
         "neighbour_base_ms": round(statistics.median(bases) * 1e3, 2),
         "neighbour_effective_tokens": effective,
+        "neighbour_deep_tokens": deep,
+        **{f"neighbour_steps_{kind}": count for kind, count in counts.items()},
         **{f"neighbour_delay_ms_{kind}": round(value * 1e3, 1) for kind, value in delay.items()},
         **{f"neighbour_step_ms_{kind}": round(value * 1e3, 1) for kind, value in step.items()},
         "x_neighbour_delay": round(delay["blend"] / delay["plain"], 2),
+        "x_neighbour_delay_deep": round(delay["blend"] / delay["deep"], 2),
         "x_neighbour_step": round(step["blend"] / step["plain"], 2),
     }
 
 
-def effective_len(config: ModelConfig, asked: Asked) -> int:
-    """Tokens of the plain prompt whose prefill takes as many operations as the QUERY request `asked` did."""
+def operations(config: ModelConfig, asked: Asked) -> float:
+    """Floating-point operations of products and attention that the QUERY request `asked` took."""
     prompt_len = asked.reused_tokens + asked.report.computed_tokens
     rows = token_layers(config, QUERY, asked)["computed"] * prompt_len
     # Recomputed rows lie anywhere, the question's see everything, twice; the head's see next to nothing.
     keys = asked.report.recomputed_tokens * prompt_len / 2 + 2 * QUESTION_LEN * prompt_len
+    per_row, per_key = costs(config)
+    return per_row * rows + per_key * keys
+
+
+def plain_len(config: ModelConfig, wanted: float, cached: int = 0) -> int:
+    """Tokens behind `cached` ones whose prefill takes `wanted` operations."""
+    per_row, per_key = costs(config)
+    # n tokens take per_row n + per_key (n cached + n^2 / 2), as `prefill` counts them.
+    linear = per_row + per_key * cached
+    return max(round((math.sqrt(linear * linear + 2 * per_key * wanted) - linear) / per_key), 1)
+
+
+def costs(config: ModelConfig) -> tuple[float, float]:
+    """Operations of a row in all linear layers but the head, and of one row's attention to one key in all layers."""
     weights = sum(product.num_weights * product.count for product in products(config) if product.name != "head")
-    per_key = 2 * config.num_heads * config.head_dim * config.num_layers
-    wanted = 2 * weights * rows + 2 * per_key * keys
-    # flops(n) = per_key n^2 + 2 weights n, as `prefill` counts them.
-    return max(round((math.sqrt(weights * weights + per_key * wanted) - weights) / per_key), 1)
+    return 2.0 * weights, 4.0 * config.num_heads * config.head_dim * config.num_layers
 
 
-def beside(engine: Engine, vocab: int, prompt: Sequence[Part] | list[int], reuse: Reuse) -> tuple[float, list[float]]:
-    """Seconds of a step before the request comes (median), and of each until its first token."""
+def beside(
+    engine: Engine, vocab: int, prompt: Sequence[Part] | list[int], reuse: Reuse
+) -> tuple[float, list[float], int]:
+    """Seconds of a step before the request comes (median), of each until its first token; its cached tokens."""
     handles = [
         engine.add(list(tokens(f"neighbour {idx}", NEIGHBOUR_LEN, vocab)), greedy(256), RequestOptions(reuse=Reuse.OFF))
         for idx in range(NEIGHBOURS)
@@ -125,20 +157,22 @@ def beside(engine: Engine, vocab: int, prompt: Sequence[Part] | list[int], reuse
     base = statistics.median(timed_step(engine)[0] for _ in range(8))
     asked = engine.add(prompt, greedy(1), RequestOptions(reuse=reuse))
     steps: list[float] = []
-    while True:
-        seconds, first = timed_step(engine, asked)
+    end: Delta | None = None
+    while end is None:
+        seconds, deltas = timed_step(engine)
         steps.append(seconds)
-        if first:
-            break
+        end = next((delta for delta in deltas if delta.handle == asked and delta.finish_reason is not None), None)
     drain(engine, [*handles, asked])
-    return base, steps
+    if not end.token_ids or end.usage is None:
+        raise BenchError(f"a request beside others ended without its token: {end.error}")
+    return base, steps, end.usage.cached_tokens
 
 
-def timed_step(engine: Engine, handle: int | None = None) -> tuple[float, bool]:
-    """Seconds of one step, and whether `handle` got a token in it."""
+def timed_step(engine: Engine) -> tuple[float, list[Delta]]:
+    """Seconds of one step, and what came of it."""
     start = time.perf_counter()
     deltas = engine.step()
-    return time.perf_counter() - start, any(delta.handle == handle and delta.token_ids for delta in deltas)
+    return time.perf_counter() - start, deltas
 
 
 def capacity(directory: Path, options: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:

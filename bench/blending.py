@@ -126,7 +126,8 @@ def token_layers(config: ModelConfig, choice: Choice, asked: Asked) -> dict[str,
     method = resolve(choice.method, {}, config.num_layers)
     selection, kept = 0.0, float(reused)
     for round in method.rounds(config.num_layers, choice.ratio):
-        selection += round.cost * (new if round.scope is Scope.NEW else kept + new)
+        # The head before the first document is done after a round over new rows; what follows it runs again.
+        selection += round.cost * (new - HEAD_LEN if round.scope is Scope.NEW else kept + new)
         kept = round.ratio * reused
     recomputed = asked.report.recomputed_tokens
     return {

@@ -68,20 +68,23 @@ def test_every_method_comes_with_every_ratio_and_none_once() -> None:
 def test_token_layers_count_selection_and_the_pass_over_new_text(folder: Path) -> None:
     config = load_config(folder)[0]
     query = token_layers(config, Choice("query", 0.15), asked(report()))
-    assert query == {"recomputed": 0.15, "selection": 0.64, "computed": round((15 + 64 + 64) / 164, 4)}
+    assert query == {"recomputed": 0.15, "selection": 0.32, "computed": round((15 + 64 + 32) / 164, 4)}
     deviation = token_layers(config, Choice("deviation", 0.15), asked(report()))
     assert deviation["selection"] == round(1.2 / 3 * 164 / 100, 4)
     boundary = token_layers(config, Choice("boundary", 0.15), asked(report()))
     assert boundary == {"recomputed": 0.15, "selection": 0.0, "computed": round(79 / 164, 4)}
 
 
-def test_the_plain_twin_of_a_blended_request_takes_as_many_operations(folder: Path) -> None:
+def test_the_plain_twins_of_a_blended_request_take_as_many_operations(folder: Path) -> None:
     config = load_config(folder)[0]
     weights = 3 * (64 * 128 + 64 * 64 + 3 * 64 * 96)
-    length = blend_serving.effective_len(config, asked(report(blended=850, recomputed=150)))
+    wanted = blend_serving.operations(config, asked(report(blended=850, recomputed=150)))
     recomputed, new = 150 * 1064 / 2, 2 * 32 * 1064
-    blended = 2 * weights * (150 + 64 + 64) + 4 * 64 * 3 * (recomputed + new)
-    assert flops(config, weights, length) == pytest.approx(blended, rel=0.01)
+    assert wanted == pytest.approx(2 * weights * (150 + 64 + 32) + 4 * 64 * 3 * (recomputed + new))
+    length, behind = blend_serving.plain_len(config, wanted), blend_serving.plain_len(config, wanted, 800)
+    assert flops(config, weights, length) == pytest.approx(wanted, rel=0.01)
+    whole = flops(config, weights, 800 + behind) - flops(config, weights, 800)
+    assert whole == pytest.approx(wanted, rel=0.01) and behind < length
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,7 @@ def test_the_scenario_ends_in_its_keys(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     keys = {f"{what}_query_15_1k" for what in ("x_ttft", "ttft_ms", "computed", "selection")}
     keys |= {"ttft_ms_exact_256", "x_ttft_none_1k", "x_ttft_boundary_15_256", "x_neighbour_delay", "x_neighbour_step"}
+    keys |= {"x_neighbour_delay_deep", "neighbour_steps_blend"}
     keys |= {"fit_exact", "fit_blend", "kv_bytes_per_request_blend", "kv_bytes_store", "store_hit_rates"}
     assert keys <= set(found)
     assert not any("9999" in key for key in found)
