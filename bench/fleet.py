@@ -199,7 +199,7 @@ async def _all_up(fleet: MovingFleet) -> None:
 
 
 async def _freeze_before(source: exporter.Exporter, request: int, attempt: int) -> None:
-    handle = source._get(request, attempt).live.handle
+    handle = source._exported(request, attempt)[1].handle
 
     def is_frozen(engine: Engine) -> bool:
         engine.migration.freeze(handle)

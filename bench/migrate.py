@@ -85,7 +85,7 @@ class Bench:
         self.fleet = fleet
         self.transports = transports
         self._kv_bytes = kv_bytes
-        self._prompt = prompt
+        self.prompt = prompt
         self._num_streams = 0
 
     def read(self, prompt: list[int], num_tokens: int = ROOM) -> Reader:
@@ -96,14 +96,14 @@ class Bench:
     async def fill(self) -> float:
         """Seconds to the first token of the whole prompt, of which all later ones are beginnings."""
         start = time.perf_counter()
-        reader = self.read(self._prompt)
+        reader = self.read(self.prompt)
         await reader.reached(1)
         await reader.leave()
         return time.perf_counter() - start
 
     async def journey(self, length: int, transport: Transport, how: MoveHow, streams: Streams) -> Move:
         """One stream that moves once."""
-        reader = self.read(self._prompt[:length])
+        reader = self.read(self.prompt[:length])
         await reader.reached(2 * BEFORE)
         ordered, num_tokens = time.perf_counter(), len(reader.times)
         report = await self.order(reader, transport, how)
@@ -147,7 +147,7 @@ def _seen(times: Sequence[float], ordered: float, num_tokens: int, report: MoveR
 
 async def gaps(bench: Bench, length: int, options: argparse.Namespace, *, replays: bool) -> dict[str, Any]:
     """Every way to move a request of `length` tokens: figures, after the gate."""
-    streams = Streams(bench._prompt[:length])
+    streams = Streams(bench.prompt[:length])
     found: dict[tuple[str, str], list[Move]] = {}
     for turn in range(options.rounds):
         for transport in bench.transports:
@@ -249,7 +249,7 @@ async def _beside(
 
 
 async def _once(bench: Bench, length: int, transport: Transport, staying: Sequence[Reader]) -> list[Slowed]:
-    subject = bench.read(bench._prompt[:length])
+    subject = bench.read(bench.prompt[:length])
     await subject.reached(2)
     since = time.perf_counter()
     await subject.reached(2 + 2 * BEFORE)
