@@ -85,6 +85,8 @@ pub(crate) struct Blend {
     /// of this stay.
     from: u32,
     len: u32,
+    /// Of those, how many its rounds see: the prompt's.
+    round_len: u32,
     kept: Vec<u32>,
     /// Of this stay's own rounds, as in `Choice`.
     ran: Vec<Vec<u32>>,
@@ -121,6 +123,7 @@ impl Blend {
             unread: 0,
             from: 0,
             len: 0,
+            round_len: 0,
             kept: Vec::new(),
             ran: Vec::new(),
             replayed: None,
@@ -140,7 +143,8 @@ impl Blend {
         let origin = |&hole: &bool| if hole { Origin::Hole } else { Origin::Store };
         Blend {
             origins: holes.iter().map(origin).collect(),
-            attempts,
+            // Other segments are here: it may wait for them as if it had come first.
+            attempts: if is_done { attempts } else { 0 },
             repaired: repaired.to_vec(),
             stage: if is_done { Stage::Done } else { Stage::Idle },
             ..Blend::new(rule)
@@ -187,9 +191,10 @@ impl Blend {
     }
 
     /// Starts a stay over `len` known tokens behind `hit`; `reused` is set. Returns the choice if it is known without
-    /// scoring: all rows, none, or those that static scores choose.
-    pub fn begin(&mut self, hit: u32, len: u32) -> Option<Choice> {
-        (self.from, self.len) = (hit, len);
+    /// scoring: all rows, none, or those that static scores choose. Of a request that has output (a replay) the prompt's
+    /// tokens score alone, as when it began.
+    pub fn begin(&mut self, hit: u32, len: u32, prompt_len: u32) -> Option<Choice> {
+        (self.from, self.len, self.round_len) = (hit, len, prompt_len.min(len));
         self.kept = self.reused.iter().flat_map(|range| range.start..range.end).collect();
         let rule = Arc::clone(&self.rule);
         let budget = budget_of(rule.ratio, self.kept.len());
@@ -204,7 +209,7 @@ impl Blend {
 
     /// Starts a stay in which nothing is left to choose.
     pub fn replay(&mut self, hit: u32, len: u32, choice: Arc<Choice>) {
-        (self.from, self.len) = (hit, len);
+        (self.from, self.len, self.round_len) = (hit, len, len);
         self.replayed = Some(choice);
         self.replay_from(0);
     }
@@ -226,7 +231,7 @@ impl Blend {
 
     fn start_round(&mut self, round: usize) {
         let kept: &[u32] = if self.rule.rounds[round].scope == Scope::All { &self.kept } else { &[] };
-        self.rows = list(&self.reused, kept, self.from, self.len);
+        self.rows = list(&self.reused, kept, self.from, self.round_len);
         if self.replayed.is_none() {
             self.ran.push(kept.to_vec());
         }

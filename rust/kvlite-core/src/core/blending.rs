@@ -117,7 +117,7 @@ impl Core {
     /// Starts the stay of a sequence that was just admitted with what `survey` found.
     pub(super) fn begin_blend(&mut self, slot: u32, recipe: Option<u32>, is_first: bool) {
         let seq = &mut self.seqs[slot as usize];
-        let (hit, len) = (seq.scheduled_len, seq.tokens.len() as u32);
+        let (hit, len, prompt_len) = (seq.scheduled_len, seq.tokens.len() as u32, seq.prompt_len);
         let Some(blend) = &mut seq.blend else { return };
         if let Some(number) = recipe.filter(|_| blend.recipe.is_none()) {
             self.recipes.hold(number);
@@ -133,7 +133,7 @@ impl Core {
             blend.uses_segments = false;
         } else if let Some(choice) = replayed {
             blend.replay(hit, len, choice);
-        } else if let Some(choice) = blend.begin(hit, len) {
+        } else if let Some(choice) = blend.begin(hit, len, prompt_len) {
             self.choose(slot, choice);
         }
     }

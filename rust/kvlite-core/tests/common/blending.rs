@@ -64,7 +64,7 @@ pub fn budget(ratio: f64, num_rows: usize) -> usize {
     ((ratio * num_rows as f64 - 1e-9).ceil().max(0.0) as usize).min(num_rows)
 }
 
-/// What a rule does to `prompt`, all of whose tokens are known.
+/// What a rule does to `prompt`; output that is known already (of a replay) has no say.
 pub fn choose(canonical_prefix: &[i32], prompt: &[i32], ranges: Vec<Range>, blend: &Blend) -> Recipe {
     let reused = reused_rows(&ranges);
     let budget_of = |ratio: f64| budget(ratio, reused.len());
@@ -162,8 +162,8 @@ struct Known {
 pub struct Oracle {
     canonical_prefix: Vec<i32>,
     known: Vec<Known>,
-    /// Stays that may have left KV without a draw: the tokens known then.
-    begun: Vec<(Asked, Vec<i32>, Stay)>,
+    /// Stays that may have left KV without a draw.
+    begun: Vec<(Asked, Stay)>,
 }
 
 impl Oracle {
@@ -172,8 +172,8 @@ impl Oracle {
     }
 
     /// Learns of a stay whose rows were placed.
-    pub fn begin(&mut self, asked: &Asked, tokens: &[i32], stay: &Stay) {
-        self.begun.push((asked.clone(), tokens.to_vec(), stay.clone()));
+    pub fn begin(&mut self, asked: &Asked, stay: &Stay) {
+        self.begun.push((asked.clone(), stay.clone()));
     }
 
     /// The KV of `tokens` (all that were known when the stay began) whose last row ends in `hidden`, and the recipe behind
@@ -186,7 +186,7 @@ impl Oracle {
         hidden: u64,
     ) -> Option<(Naive, Recipe, bool)> {
         let blend = asked.blend.as_ref().expect("a blended request");
-        let own = choose(&self.canonical_prefix, tokens, ranges(blend, &stay.placed), blend);
+        let own = choose(&self.canonical_prefix, &asked.prompt, ranges(blend, &stay.placed), blend);
         let with_repairs = own.with(&stay.repaired);
         let naive = blended(&self.canonical_prefix, tokens, &with_repairs);
         if naive.hidden.last() == Some(&hidden) {
@@ -196,9 +196,9 @@ impl Oracle {
         if let Some(found) = self.find(asked, stay, tokens, hidden) {
             return Some(found);
         }
-        for (asked, tokens, stay) in std::mem::take(&mut self.begun) {
+        for (asked, stay) in std::mem::take(&mut self.begun) {
             let blend = asked.blend.as_ref().expect("only blends are placed");
-            let recipe = choose(&self.canonical_prefix, &tokens, ranges(blend, &stay.placed), blend);
+            let recipe = choose(&self.canonical_prefix, &asked.prompt, ranges(blend, &stay.placed), blend);
             self.remember(&asked, blend, &recipe);
         }
         self.find(asked, stay, tokens, hidden)
@@ -222,9 +222,9 @@ impl Oracle {
 
     /// Learns what another engine's requests of that tenant have left: their KV may come along.
     pub fn learn(&mut self, other: &mut Oracle, asked: &Asked) {
-        for (asked, tokens, stay) in std::mem::take(&mut other.begun) {
+        for (asked, stay) in std::mem::take(&mut other.begun) {
             let blend = asked.blend.as_ref().expect("only blends are placed");
-            let recipe = choose(&other.canonical_prefix, &tokens, ranges(blend, &stay.placed), blend);
+            let recipe = choose(&other.canonical_prefix, &asked.prompt, ranges(blend, &stay.placed), blend);
             other.remember(&asked, blend, &recipe);
         }
         for known in other.known.iter().filter(|known| known.tenant == asked.tenant) {

@@ -232,7 +232,7 @@ impl Engine {
             placed.dedup();
             for (handle, choice) in placed {
                 let (asked, told) = (&self.asked[&handle], &self.told[&handle]);
-                self.reuse.oracle.begin(asked, told.text(asked, choice as usize), &told.blends[choice as usize].stay);
+                self.reuse.oracle.begin(asked, &told.blends[choice as usize].stay);
             }
             for (handle, choice, rows) in &results.repaired {
                 self.check_repair(*handle, *choice as usize, rows);
