@@ -12,6 +12,7 @@
 //! line being one head of one row, turn each split's keys once and score them for several lines together (`columns`).
 
 mod columns;
+mod heads;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -297,7 +298,7 @@ fn tile_body<E: Element, const FUSED: bool>(
             for (i, row) in tile.rows.clone().enumerate() {
                 let keys = seen(row);
                 if !keys.is_empty() {
-                    row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
+                    heads::row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
                 }
             }
         }
@@ -360,48 +361,4 @@ fn weigh<const FUSED: bool>(scores: &mut [f32], keys: &Range<usize>) -> (f32, f3
     let padded = keys.start..keys.start + keys.len().next_multiple_of(LANES);
     scores[keys.end..padded.end].fill(f32::NEG_INFINITY);
     lanes::softmax::<FUSED>(&mut scores[padded])
-}
-
-/// One split of one row: all query heads of the KV head, four, two or one at a time, merged into the running result.
-#[inline(always)]
-fn row_split<E: Element, const FUSED: bool>(
-    args: &Attention<'_, E>,
-    scratch: &mut Scratch,
-    lines: Range<usize>,
-    keys: Range<usize>,
-) {
-    let mut line = lines.start;
-    while line < lines.end {
-        match lines.end - line {
-            4.. => line += heads_split::<E, 4, 1, 16, FUSED>(args, scratch, line, keys.clone()),
-            2 | 3 => line += heads_split::<E, 2, 2, 32, FUSED>(args, scratch, line, keys.clone()),
-            _ => line += heads_split::<E, 1, 4, 64, FUSED>(args, scratch, line, keys.clone()),
-        }
-    }
-}
-
-/// `G` query heads of one row over one split; returns `G`. `K` keys are scored and `W` value lanes added at once.
-#[inline(always)]
-fn heads_split<E: Element, const G: usize, const K: usize, const W: usize, const FUSED: bool>(
-    args: &Attention<'_, E>,
-    scratch: &mut Scratch,
-    line: usize,
-    keys: Range<usize>,
-) -> usize {
-    let dim = args.q.dim.next_multiple_of(LANES);
-    let Scratch { q, partial, scores, keys: key_side, values: value_side, .. } = scratch;
-    let (key_memory, value_memory) = (key_side.memory(&args.k_cache), value_side.memory(&args.v_cache));
-    let q = &q[line * dim..(line + G) * dim];
-    lanes::scores::<G, K, FUSED>(q, key_memory, &key_side.offsets, dim, keys.clone(), args.scale, scores);
-    let mut new = [(0.0, 0.0); G];
-    for (g, new) in new.iter_mut().enumerate() {
-        *new = weigh::<FUSED>(&mut scores[g * SCORES..(g + 1) * SCORES], &keys);
-    }
-    let partial = &mut partial[..G * dim];
-    partial.fill(0.0);
-    lanes::accumulate::<G, W, FUSED>(scores, value_memory, &value_side.offsets, dim, keys, partial);
-    for (g, new) in new.into_iter().enumerate() {
-        scratch.merge::<FUSED>(line + g, g, dim, new);
-    }
-    G
 }
