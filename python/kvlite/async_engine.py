@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState
-from kvlite.engine import ChatPrompt, Engine
+from kvlite.engine import Engine
 from kvlite.errors import CapacityError, EngineClosedError, EngineError, KvliteError
 from kvlite.library import KEEP, check_made
 from kvlite.output import Collector
-from kvlite.prompts import Prompt
+from kvlite.prompts import ChatPrompt, Prompt
 from kvlite.readers import Call, RawStream, StreamBuffer, wake
 from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.reuse_types import Document, Reuse

@@ -2,7 +2,7 @@
 
 Owns texts, ids, titles and times; a document that is unknown, expired or another tenant's is not there, and nothing
 tells the three apart. Knows neither HTTP nor the cache: segments are the core's, and come and go without the store.
-Safe in any thread. Called by library.py and by engine.py for documents that a request names by id.
+Safe in any thread. Called by library.py, the fleet's shelf, and prompts.py for documents that a request names by id.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from kvlite.checks import check_number
 from kvlite.errors import CapacityError, InvalidRequestError, UnknownDocumentError
 from kvlite.reuse_types import Document
 
 PUBLIC_TENANT = (1 << 31) - 1
 """Whose documents every tenant may use; no request is its own."""
+TTL_LIMIT_S = 10 * 365 * 24 * 3600.0
 BYTES_LIMIT = 256 << 20
 """Of all texts together."""
 
@@ -59,6 +61,19 @@ class StoredDocument:
     def document(self) -> Document:
         """As a request would bring it."""
         return Document(self.text, self.id, self.title)
+
+    def info(self, state: DocumentState) -> DocumentInfo:
+        """What a caller may know of it."""
+        return DocumentInfo(
+            id=self.id,
+            title=self.title,
+            tokens=len(self.token_ids),
+            state=state,
+            pinned=self.pinned,
+            public=self.tenant == PUBLIC_TENANT,
+            created=self.created,
+            expires=self.expires,
+        )
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,18 @@ class DocumentStore:
 
     def _is_over(self, document: StoredDocument) -> bool:
         return document.expires is not None and document.expires <= self._clock()
+
+
+def check_new(document: Document, ttl_s: float | None) -> None:
+    """Refuses a document that cannot be kept. Raises InvalidRequestError (document.text, ttl_s)."""
+    if document.text is None:
+        raise InvalidRequestError("document.text", "is missing: must be text of at least one character")
+    check_ttl(ttl_s)
+
+
+def check_ttl(ttl_s: float | None) -> None:
+    """Raises InvalidRequestError (ttl_s); None is for ever."""
+    check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
 
 
 def resolve(store: DocumentStore, documents: Sequence[Document | str], tenant: int, limit: int) -> list[Document]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args, overload
 from weakref import WeakValueDictionary
@@ -24,7 +24,7 @@ from kvlite.loop import Loop
 from kvlite.migration import How, MigrationReport, hand_over
 from kvlite.output import Collector
 from kvlite.progress import Bar
-from kvlite.prompts import Part, Prompt, is_parts, is_single
+from kvlite.prompts import ChatPrompt, ChatPrompts, Part, Prompt, is_parts, is_single
 from kvlite.request import ValidatedRequest, validate
 from kvlite.reuse_types import Document, EncodedPrompt, PrecomputeReport, Reuse, Segment
 from kvlite.startup import build
@@ -33,15 +33,6 @@ from kvlite.types import Delta, FinishReason, RequestOptions, RequestOutput, Sam
 
 IDLE_STEPS_LIMIT = 1000
 """Steps in a row without a plan, while requests live, after which the engine gives up."""
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation that can be served."""
-
-    request: ValidatedRequest
-    warnings: tuple[str, ...] = ()
-    """What the caller should know of how the prompt was made."""
 
 
 class Engine(Loop):
@@ -108,17 +99,10 @@ class Engine(Loop):
         `variables` reach the chat template (add_generation_prompt, ...). Raises InvalidRequestError, which names
         documents by their index, and UnknownDocumentError.
         """
-        options = options or RequestOptions()
-        found = self.library.resolve(documents, options.tenant)
-        prompt = self.tokenizer.encode_chat(messages, found, **variables)
-        index_of = {document.id or str(n): n for n, document in enumerate(found)}
-        for span in prompt.spans:
-            if span.length >= self.limits.max_model_len:
-                raise InvalidRequestError(
-                    f"documents[{index_of[span.id]}].text",
-                    f"has {span.length} tokens, at most {self.limits.max_model_len - 1} fit the model",
-                )
-        return ChatPrompt(self.validate(prompt, params, options, reuse=reuse), prompt.warnings)
+        if reuse is not None:
+            options = replace(options or RequestOptions(), reuse=reuse)
+        prompts = ChatPrompts(self.limits, self.tokenizer, self.documents)
+        return prompts.prepare(messages, documents, params, options, variables)
 
     def add(
         self,

@@ -7,22 +7,20 @@ a segment is a request, which the caller runs. Called by engine.py and async_eng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvlite import _core
-from kvlite.checks import check_number
 from kvlite.documents import (
-    PUBLIC_TENANT,
     DocumentInfo,
     DocumentState,
     DocumentStore,
     StoredDocument,
+    check_new,
+    check_ttl,
     new_id,
-    resolve,
 )
 from kvlite.errors import CapacityError, EngineError, InvalidRequestError
 from kvlite.inflight import NO_ROOM
@@ -31,7 +29,6 @@ from kvlite.reuse_types import Document, Segment
 from kvlite.tokenizer import Tokenizer
 from kvlite.types import Delta, FinishReason, RequestOptions
 
-TTL_LIMIT_S = 10 * 365 * 24 * 3600.0
 KEEP = -1.0
 """As a ttl: leave the time as it is."""
 
@@ -45,17 +42,12 @@ class Library:
         self._tokenizer = tokenizer
         self._limits = limits
 
-    def resolve(self, documents: Sequence[Document | str], tenant: int) -> list[Document]:
-        """Documents of a request, every one with its text. Raises as `documents.resolve`."""
-        return resolve(self._store, documents, tenant, self._limits.config.max_documents)
-
     def prepare(
         self, document: Document, *, tenant: int = 0, pinned: bool = False, ttl_s: float | None = None
     ) -> tuple[StoredDocument, ValidatedRequest]:
         """A document to be put, and the request that makes its segment. Raises InvalidRequestError."""
-        if document.text is None:
-            raise InvalidRequestError("document.text", "is missing: must be text of at least one character")
-        check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
+        check_new(document, ttl_s)
+        assert document.text is not None, "it was checked"
         ids = self._tokenizer.document_ids(document)
         self._check_length(ids)
         now = self._store.now
@@ -105,16 +97,7 @@ class Library:
 
     def info(self, stored: StoredDocument) -> DocumentInfo:
         """What a caller may know of it."""
-        return DocumentInfo(
-            id=stored.id,
-            title=stored.title,
-            tokens=len(stored.token_ids),
-            state=self.state(stored.tenant, stored.token_ids),
-            pinned=stored.pinned,
-            public=stored.tenant == PUBLIC_TENANT,
-            created=stored.created,
-            expires=stored.expires,
-        )
+        return stored.info(self.state(stored.tenant, stored.token_ids))
 
     def state(self, tenant: int, ids: NDArray[np.int32]) -> DocumentState:
         """Where the KV of a segment is that `tenant` may use."""
@@ -141,7 +124,7 @@ class Library:
         if stored is None or stored.tenant != tenant:
             return None
         if ttl_s != KEEP:
-            check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
+            check_ttl(ttl_s)
             stored = replace(stored, expires=None if ttl_s is None else self._store.now + ttl_s)
         if pinned is not None and pinned != stored.pinned:
             stored = replace(stored, pinned=pinned)

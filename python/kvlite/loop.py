@@ -150,7 +150,7 @@ class Loop:
                 prompt_logprobs=prompt_logprobs and params.prompt_logprobs is not None,
                 now_ms=now_ms,
                 blend=self._blend_of(request),
-                **({} if outputs is None else {"outputs": list(outputs)}),
+                outputs=outputs,
             )
         except _core.InvalidArgument as error:
             param = getattr(error, "param", "request")

@@ -13,8 +13,8 @@ from typing import Any
 import kvlite.config
 from kvlite.config import EngineConfig
 from kvlite.documents import DocumentInfo, DocumentState
-from kvlite.engine import ChatPrompt
 from kvlite.errors import UnknownDocumentError
+from kvlite.prompts import ChatPrompt
 from kvlite.request import RequestLimits, ValidatedRequest, validate
 from kvlite.reuse_types import Document, ReuseReport
 from kvlite.server.app import create_app

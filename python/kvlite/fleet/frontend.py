@@ -15,8 +15,6 @@ from typing import Any
 
 from kvlite import _core
 from kvlite.config import EngineConfig
-from kvlite.documents import resolve
-from kvlite.engine import ChatPrompt
 from kvlite.errors import CapacityError, ConfigError, EngineClosedError, EngineError, InvalidRequestError
 from kvlite.fleet.links import Link
 from kvlite.fleet.members import EngineState, Member
@@ -41,7 +39,8 @@ from kvlite.fleet.shelf import FleetDocuments
 from kvlite.fleet.status import FleetStatus, add_stats, status_of
 from kvlite.fleet.streams import Stream
 from kvlite.fleet.wire import Channel, LinkError
-from kvlite.request import RequestLimits, ValidatedRequest, validate
+from kvlite.prompts import ChatPrompt, ChatPrompts
+from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.reuse_types import Document
 from kvlite.tokenizer import Message, Tokenizer
 from kvlite.types import Delta, EngineStats, FinishReason, GenerationDefaults, RequestOptions, SamplingParams
@@ -122,17 +121,8 @@ class FleetEngine(FleetDocuments):
         **variables: Any,
     ) -> ChatPrompt:
         """As Engine's; for any thread but that of the event loop, because it tokenises."""
-        options = options or RequestOptions()
-        found = resolve(self._store, documents, options.tenant, self.config.max_documents)
-        prompt = self.tokenizer.encode_chat(messages, found, **variables)
-        index_of = {document.id or str(n): n for n, document in enumerate(found)}
-        for span in prompt.spans:
-            if span.length >= self.limits.max_model_len:
-                raise InvalidRequestError(
-                    f"documents[{index_of[span.id]}].text",
-                    f"has {span.length} tokens, at most {self.limits.max_model_len - 1} fit the model",
-                )
-        return ChatPrompt(validate(self.limits, prompt, params or SamplingParams(), options), prompt.warnings)
+        prompts = ChatPrompts(self.limits, self.tokenizer, self._store)
+        return prompts.prepare(messages, documents, params, options, variables)
 
     def stream_validated(self, request: ValidatedRequest, name: str = "") -> AsyncGenerator[Delta]:
         """Deltas as they come, wherever they are computed. `name`: what its answer is called in the API.

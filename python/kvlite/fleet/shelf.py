@@ -15,13 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from kvlite.checks import check_number
-from kvlite.documents import PUBLIC_TENANT, DocumentInfo, DocumentState, DocumentStore, StoredDocument, new_id
+from kvlite.documents import (
+    PUBLIC_TENANT,
+    DocumentInfo,
+    DocumentState,
+    DocumentStore,
+    StoredDocument,
+    check_new,
+    check_ttl,
+    new_id,
+)
 from kvlite.errors import EngineClosedError, InvalidRequestError, KvliteError
 from kvlite.fleet.members import Member
 from kvlite.fleet.messages import CreateDocument, DeleteDocument, FromOwner, ListDocuments, Reply, UpdateDocument
 from kvlite.fleet.wire import OversizedError
-from kvlite.library import KEEP, TTL_LIMIT_S
+from kvlite.library import KEEP
 from kvlite.reuse_types import Document
 from kvlite.tokenizer import Tokenizer
 
@@ -59,9 +67,8 @@ class FleetDocuments:
         document.id, ttl_s), CapacityError when the store or one of the pools has no room.
         """
         self._check_accepting()
-        if document.text is None:
-            raise InvalidRequestError("document.text", "is missing: must be text of at least one character")
-        check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
+        check_new(document, ttl_s)
+        assert document.text is not None, "it was checked"
         owner, id, now = PUBLIC_TENANT if public else tenant, document.id or new_id(), self._store.now
         ids = await asyncio.to_thread(self._tokenizer.document_ids, document)
         packed, expires = np.asarray(ids, np.int32).tobytes(), None if ttl_s is None else now + ttl_s
@@ -77,19 +84,23 @@ class FleetDocuments:
         except KvliteError:
             self._forget(stored)
             raise
-        return _info(stored, DocumentState.READY)
+        return stored.info(DocumentState.READY)
 
     async def get_document(self, tenant: int, id: str) -> DocumentInfo | None:
         """The tenant's own document of that id, else the public one."""
         stored = self._store.get(tenant, id)
         if stored is None:
             return None
-        return _info(stored, (await self._states(tenant, id)).get((id, stored.tenant == PUBLIC_TENANT)))
+        states = await self._states(tenant, id)
+        return stored.info(states.get((id, _is_public(stored)), DocumentState.EVICTED))
 
     async def list_documents(self, tenant: int) -> list[DocumentInfo]:
         """The tenant's own and the public ones, oldest first."""
         states = await self._states(tenant, None)
-        return [_info(stored, states.get((stored.id, _is_public(stored)))) for stored in self._store.list(tenant)]
+        return [
+            stored.info(states.get((stored.id, _is_public(stored)), DocumentState.EVICTED))
+            for stored in self._store.list(tenant)
+        ]
 
     async def update_document(
         self, tenant: int, id: str, *, public: bool = False, pinned: bool | None = None, ttl_s: float | None = KEEP
@@ -101,7 +112,7 @@ class FleetDocuments:
         owner = PUBLIC_TENANT if public else tenant
         keep = ttl_s == KEEP
         if not keep:
-            check_number("ttl_s", ttl_s, 0.001, TTL_LIMIT_S, optional=True)
+            check_ttl(ttl_s)
         stored = self._store.get(owner, id)
         if stored is None or stored.tenant != owner:
             return None
@@ -193,16 +204,3 @@ def _is_public(stored: StoredDocument) -> bool:
 def _tenant(stored: StoredDocument) -> int:
     """As orders name it: public documents are nobody's."""
     return 0 if _is_public(stored) else stored.tenant
-
-
-def _info(stored: StoredDocument, state: DocumentState | None) -> DocumentInfo:
-    return DocumentInfo(
-        id=stored.id,
-        title=stored.title,
-        tokens=len(stored.token_ids),
-        state=state or DocumentState.EVICTED,
-        pinned=stored.pinned,
-        public=_is_public(stored),
-        created=stored.created,
-        expires=stored.expires,
-    )

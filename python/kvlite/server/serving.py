@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvlite.engine import ChatPrompt
 from kvlite.library import KEEP
+from kvlite.prompts import ChatPrompt
 from kvlite.request import RequestLimits, ValidatedRequest
 from kvlite.reuse_types import Document
 from kvlite.tokenizer import Message, Tokenizer

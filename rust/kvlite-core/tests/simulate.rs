@@ -7,12 +7,11 @@
 
 mod common;
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::engine::{Engine, Outcome};
 use common::reuse::Seen;
+use common::seeds::{for_each_seed, seeds, setting};
 use common::workload::{Texts, random_config};
 use common::{Asked, Rng};
 use kvlite_core::plan::Header;
@@ -186,57 +185,26 @@ impl Simulation {
     }
 }
 
-fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is a number")))
-}
-
-fn seeds() -> std::ops::Range<u64> {
-    match setting("KVLITE_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..setting("KVLITE_SEEDS").unwrap_or(DEFAULT_SEEDS),
-    }
-}
-
 #[test]
 fn every_seed_keeps_every_promise_and_ends() {
-    let seeds = seeds();
+    let seeds = seeds("KVLITE_SEED", "KVLITE_SEEDS", DEFAULT_SEEDS);
     let steps = setting("KVLITE_STEPS").unwrap_or(DEFAULT_STEPS);
-    let next = AtomicU64::new(seeds.start);
     let totals = Mutex::new(([0u64; 5], Seen::default()));
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
-                        break;
-                    }
-                    let outcome = catch_unwind(AssertUnwindSafe(|| {
-                        let mut simulation = Simulation::new(seed);
-                        simulation.run(steps);
-                        (simulation.engine.core.stats(), simulation.engine.reuse.seen)
-                    }));
-                    match outcome {
-                        Ok((stats, seen)) => {
-                            let (totals, reuse) = &mut *totals.lock().unwrap();
-                            reuse.add(&seen);
-                            for (total, value) in totals.iter_mut().zip([
-                                stats.requests_total,
-                                stats.preemptions_total,
-                                stats.prefix_hit_tokens_total,
-                                stats.failed_plans_total,
-                                stats.steps_total,
-                            ]) {
-                                *total += value;
-                            }
-                        }
-                        Err(panic) => {
-                            eprintln!("replay: KVLITE_SEED={seed} cargo test -p kvlite-core --test simulate (same KVLITE_STEPS)");
-                            resume_unwind(panic);
-                        }
-                    }
-                }
-            });
+    let replay = |seed| format!("KVLITE_SEED={seed} cargo test -p kvlite-core --test simulate (same KVLITE_STEPS)");
+    for_each_seed(&seeds, replay, |seed| {
+        let mut simulation = Simulation::new(seed);
+        simulation.run(steps);
+        let (stats, seen) = (simulation.engine.core.stats(), simulation.engine.reuse.seen);
+        let (totals, reuse) = &mut *totals.lock().unwrap();
+        reuse.add(&seen);
+        for (total, value) in totals.iter_mut().zip([
+            stats.requests_total,
+            stats.preemptions_total,
+            stats.prefix_hit_tokens_total,
+            stats.failed_plans_total,
+            stats.steps_total,
+        ]) {
+            *total += value;
         }
     });
     let ([requests, preemptions, hits, failed, steps], seen) = *totals.lock().unwrap();

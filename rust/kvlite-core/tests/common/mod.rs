@@ -12,6 +12,7 @@ pub mod moving;
 mod overlap;
 mod reader;
 pub mod reuse;
+pub mod seeds;
 pub mod workload;
 
 use kvlite_core::{BlendRequest, FinishReason, Round};

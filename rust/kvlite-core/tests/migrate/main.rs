@@ -6,6 +6,8 @@ mod actions;
 mod engine;
 mod explore;
 mod frames;
+#[path = "../common/seeds.rs"]
+mod seeds;
 mod simulate;
 mod units;
 mod world;

@@ -4,14 +4,14 @@
 //! control runs the same seeds with the fence off, and the checker has to see it.
 
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvlite_core::sched::migrate::{Limits, NOBODY};
 
 use crate::actions::{Action, Fault};
 use crate::engine::mix;
+use crate::seeds::{for_each_seed, seeds};
 use crate::world::World;
 
 /// Enough for 10^5 moves.
@@ -157,42 +157,18 @@ impl Simulation {
     }
 }
 
-fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is a number")))
-}
-
-fn seeds() -> std::ops::Range<u64> {
-    match setting("KVLITE_MIGRATION_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..setting("KVLITE_MIGRATION_SEEDS").unwrap_or(DEFAULT_SEEDS),
-    }
-}
-
 #[test]
 fn every_seed_delivers_every_token_once_and_gives_everything_back() {
-    let seeds = seeds();
-    let next = AtomicU64::new(seeds.start);
+    let seeds = seeds("KVLITE_MIGRATION_SEED", "KVLITE_MIGRATION_SEEDS", DEFAULT_SEEDS);
     let totals = Mutex::new(([0u64; 3], [0u64; 6]));
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
-                        break;
-                    }
-                    let mut simulation = Simulation::new(seed, true);
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| simulation.run())) {
-                        eprintln!("replay: KVLITE_MIGRATION_SEED={seed} cargo test -p kvlite-core --test migrate");
-                        resume_unwind(panic);
-                    }
-                    let (sums, results) = &mut *totals.lock().unwrap();
-                    let counts = [simulation.num_orders, simulation.num_faults, simulation.next_request];
-                    sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-                    results.iter_mut().zip(simulation.world.num_moved).for_each(|(sum, n)| *sum += u64::from(n));
-                }
-            });
-        }
+    let replay = |seed| format!("KVLITE_MIGRATION_SEED={seed} cargo test -p kvlite-core --test migrate");
+    for_each_seed(&seeds, replay, |seed| {
+        let mut simulation = Simulation::new(seed, true);
+        simulation.run();
+        let (sums, results) = &mut *totals.lock().unwrap();
+        let counts = [simulation.num_orders, simulation.num_faults, simulation.next_request];
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        results.iter_mut().zip(simulation.world.num_moved).for_each(|(sum, n)| *sum += u64::from(n));
     });
     let ([orders, faults, requests], results) = *totals.lock().unwrap();
     println!(

@@ -2,14 +2,13 @@
 //! and are aborted, finished, timed out, broken off and replayed on the way. Every draw is checked against KV computed
 //! naively, so a stream that moved is the stream that stayed. `KVLITE_SEED`, `KVLITE_SEEDS`, `KVLITE_STEPS` as in `simulate`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvlite_core::{CoreConfig, CoreError, FinishReason};
 
 use crate::common::engine::{Engine, Outcome};
 use crate::common::moving::{Move, replay};
+use crate::common::seeds::{for_each_seed, seeds, setting};
 use crate::common::workload::{Texts, random_config};
 use crate::common::{Asked, Rng};
 
@@ -286,37 +285,15 @@ fn pair(engines: &mut [Engine; 2], from: usize) -> [&mut Engine; 2] {
     if from == 0 { [first, second] } else { [second, first] }
 }
 
-fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is a number")))
-}
-
 #[test]
 fn streams_that_move_at_random_points_are_the_streams_that_stay() {
-    let seeds = match setting("KVLITE_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..setting("KVLITE_SEEDS").unwrap_or(DEFAULT_SEEDS),
-    };
+    let seeds = seeds("KVLITE_SEED", "KVLITE_SEEDS", DEFAULT_SEEDS);
     let steps = setting("KVLITE_STEPS").unwrap_or(DEFAULT_STEPS);
-    let next = AtomicU64::new(seeds.start);
     let totals = Mutex::new(Seen::default());
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
-                        break;
-                    }
-                    match catch_unwind(AssertUnwindSafe(|| Fleet::new(seed).run(steps))) {
-                        Ok(seen) => add(&mut totals.lock().unwrap(), &seen),
-                        Err(panic) => {
-                            eprintln!("replay: KVLITE_SEED={seed} cargo test -p kvlite-core --test migration fleet");
-                            resume_unwind(panic);
-                        }
-                    }
-                }
-            });
-        }
+    let replay = |seed| format!("KVLITE_SEED={seed} cargo test -p kvlite-core --test migration fleet");
+    for_each_seed(&seeds, replay, |seed| {
+        let seen = Fleet::new(seed).run(steps);
+        add(&mut totals.lock().unwrap(), &seen);
     });
     let seen = *totals.lock().unwrap();
     println!("{seen:?}");
