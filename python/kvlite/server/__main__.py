@@ -31,6 +31,7 @@ from kvlite.fleet.log import log_to_stderr
 from kvlite.fleet.settings import FleetSettings
 from kvlite.reuse_types import Document
 from kvlite.server.app import create_app
+from kvlite.server.calls import model_name
 from kvlite.server.connection import Connection
 from kvlite.server.gate import Keys
 from kvlite.server.public import publish, read_public_documents
@@ -44,7 +45,6 @@ LAST_WORDS_S = 2
 """Time in which cancelled answers reach their clients."""
 LISTEN_BACKLOG = 2048
 EXIT_ABORTED = 1
-SHIPPED_MODEL_NAME = "kvlite-small"
 
 
 def check_address(config: EngineConfig) -> None:
@@ -177,13 +177,6 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
-
-
-def model_name(config: EngineConfig, directory: Path) -> str:
-    """Name of the model in the API: as configured, else of its directory; the shipped model has one of its own."""
-    if config.served_model_name is not None:
-        return config.served_model_name
-    return SHIPPED_MODEL_NAME if config.model is None else directory.resolve().name
 
 
 async def _run(

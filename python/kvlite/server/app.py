@@ -1,6 +1,6 @@
 """The routes of text: bytes in, checked call, engine, answer out.
 
-Owns `create_app` and the walk of one request; parsing and tokenising run in a worker thread, never on the event loop.
+Owns `create_app` and the walk of one request; calls.py parses and tokenises in a worker thread, off the event loop.
 Knows the engine as `ServingEngine` and no deeper. A client that goes away aborts its request in every phase. Called by
 __main__.py and by tests.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -22,17 +20,17 @@ from starlette.types import ASGIApp
 
 from kvlite.config import EngineConfig
 from kvlite.errors import InvalidRequestError, KvliteError
-from kvlite.request import validate
+from kvlite.server.calls import Calls
 from kvlite.server.documents import DocumentRoutes
 from kvlite.server.failures import HttpError, error_body, headers_of, status_of
 from kvlite.server.fleet import FleetMeter, FleetRoutes
 from kvlite.server.gate import Caller, ClientGone, Gate, Keys, read_body, unless_gone
 from kvlite.server.metrics import Meter
-from kvlite.server.protocol import Limits, Options, UnknownModelError, parse_chat, parse_completion
+from kvlite.server.protocol import UnknownModelError
 from kvlite.server.replies import EventStream, json_response, refusals
 from kvlite.server.serving import ServingEngine
 from kvlite.server.stream import event_stream, whole_answer
-from kvlite.server.wire import Call, ChatWire, Prompt, TextWire, Wire
+from kvlite.server.wire import Call, Prompt, Wire
 from kvlite.types import Delta
 
 if TYPE_CHECKING:
@@ -91,25 +89,25 @@ class _Routes:
     def __init__(self, engine: ServingEngine, config: EngineConfig, model: str, fleet: FleetEngine | None) -> None:
         self._engine = engine
         self._fleet = fleet
-        self._tokenizer = engine.tokenizer
         self._created = int(time.time())
         self._meter = Meter(model, engine.stats)
         if fleet is not None:
             FleetMeter(fleet, model, self._meter.registry)
         self._config = config
-        self._limits = Limits(model, engine.limits)
+        self._model = model
+        self._calls = Calls(engine, model)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         arrival = self._meter.now()
-        call = await self._prepare(request, self._chat_call)
-        return await self._answer(request, call, ChatWire(call, self._tokenizer.token_bytes), arrival)
+        call, wire = await self._prepare(request, self._calls.chat)
+        return await self._answer(request, call, wire, arrival)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         arrival = self._meter.now()
-        call = await self._prepare(request, self._completion_call)
-        return await self._answer(request, call, TextWire(call, self._tokenizer.token_text), arrival)
+        call, wire = await self._prepare(request, self._calls.completion)
+        return await self._answer(request, call, wire, arrival)
 
     async def models(self) -> Response:
         """GET /v1/models."""
@@ -117,8 +115,8 @@ class _Routes:
 
     async def model(self, model_id: str) -> Response:
         """GET /v1/models/{id}."""
-        if model_id != self._limits.model:
-            raise UnknownModelError(model_id, self._limits.model)
+        if model_id != self._model:
+            raise UnknownModelError(model_id, self._model)
         return json_response(self._model_card())
 
     async def health(self) -> Response:
@@ -143,55 +141,19 @@ class _Routes:
 
     def _model_card(self) -> dict[str, Any]:
         return {
-            "id": self._limits.model,
+            "id": self._model,
             "object": "model",
             "created": self._created,
             "owned_by": "kvlite",
-            "max_model_len": self._limits.engine.max_model_len,
+            "max_model_len": self._engine.limits.max_model_len,
         }
 
-    async def _prepare(self, request: Request, make: Callable[[bytes, str, Caller], Call]) -> Call:
+    async def _prepare(
+        self, request: Request, make: Callable[[bytes, str, int], tuple[Call, Wire]]
+    ) -> tuple[Call, Wire]:
         body = await read_body(request.receive, self._config.max_body_bytes)
-        return await asyncio.to_thread(make, body, request.state.request_id, request.state.caller)
-
-    def _chat_call(self, body: bytes, request_id: str, caller: Caller) -> Call:
-        chat = parse_chat(body, self._limits, caller.tenant)
-        with _renamed("prompt", "messages"):
-            prepared = self._engine.prepare_chat(
-                chat.messages,
-                chat.options.params,
-                chat.options.request,
-                documents=chat.documents,
-                reuse=None,
-                add_generation_prompt=chat.add_generation_prompt,
-                **chat.template_variables,
-            )
-        options = replace(chat.options, warnings=(*chat.options.warnings, *prepared.warnings))
-        return self._call("chatcmpl-" + request_id, options, (Prompt(prepared.request),))
-
-    def _completion_call(self, body: bytes, request_id: str, caller: Caller) -> Call:
-        completion = parse_completion(body, self._limits, caller.tenant)
-        prompts: list[Prompt] = []
-        for i, prompt in enumerate(completion.prompts):
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            text = ""
-            if completion.echo:
-                text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            field = "prompt" if len(completion.prompts) == 1 else f"prompt[{i}]"
-            with _renamed("prompt", field):
-                checked = validate(self._limits.engine, ids, completion.options.params, completion.options.request)
-            prompts.append(Prompt(checked, text))
-        return self._call("cmpl-" + request_id, completion.options, tuple(prompts), completion.echo)
-
-    def _call(self, id: str, options: Options, prompts: tuple[Prompt, ...], echo: bool = False) -> Call:
-        """Every prompt is checked before any of them starts; this checks what they ask for together."""
-        requests = [prompt.request for prompt in prompts]
-        wanted = sum(len(request.prompt_ids) + request.max_tokens for request in requests) * options.params.n
-        if wanted > self._config.max_request_tokens:
-            raise InvalidRequestError(
-                "prompt", f"the call asks for {wanted} tokens, at most {self._config.max_request_tokens} are allowed"
-            )
-        return Call(id, int(time.time()), self._limits.model, options, prompts, echo)
+        caller: Caller = request.state.caller
+        return await asyncio.to_thread(make, body, request.state.request_id, caller.tenant)
 
     async def _answer(self, request: Request, call: Call, wire: Wire, arrival: float) -> Response:
         def source(prompt: Prompt) -> AsyncGenerator[Delta, None]:
@@ -211,17 +173,6 @@ class _Routes:
         number = next(n for n, each in enumerate(call.prompts) if each is prompt)
         name = call.id if len(call.prompts) == 1 else f"{call.id}-{number}"
         return self._fleet.stream_validated(prompt.request, name)
-
-
-@contextmanager
-def _renamed(param: str, field: str) -> Generator[None]:
-    """Errors about `param` name `field`, which is where it stands in the body."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        if error.param != param:
-            raise
-        raise InvalidRequestError(field, error.message) from None
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:

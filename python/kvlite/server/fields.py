@@ -47,7 +47,7 @@ def parse_object(body: bytes) -> Json:
     except RecursionError:
         raise InvalidRequestError("body", f"nested deeper than {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
+        where = f"{'' if error.lineno == 1 else f'line {error.lineno} '}column {error.colno}"
         raise InvalidRequestError("body", f"not JSON at {where}: {error.msg}") from None
     except InvalidRequestError:
         raise

@@ -1,7 +1,7 @@
 """OpenAI's request bodies as checked values: a known field is honoured or refused, an unknown one is reported.
 
 Owns the fields of /v1/chat/completions and /v1/completions and their meaning; knows the engine through `Limits` alone.
-Ranges of sampling fields are SamplingParams' own. Called by app.py in a worker thread, never on the event loop.
+Ranges of sampling fields are SamplingParams' own. Called by calls.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 from kvlite.errors import InvalidRequestError, KvliteError
 from kvlite.request import PRIORITY_LIMIT, RequestLimits
 from kvlite.reuse_types import Document
-from kvlite.server.fields import Fields, as_list, parse_object, shown
+from kvlite.server.fields import Fields, Json, as_list, parse_object, shown
 from kvlite.server.reuse_fields import read_documents, read_plain_reuse, read_reuse
 from kvlite.types import STOP_IDS_CEILING, RequestOptions, SamplingParams
 
@@ -92,9 +92,9 @@ class CompletionRequest:
     echo: bool
 
 
-def parse_chat(body: bytes, limits: Limits, tenant: int = 0) -> ChatRequest:
+def parse_chat(body: bytes | Json, limits: Limits, tenant: int = 0) -> ChatRequest:
     """Check a chat body of one tenant. Raises InvalidRequestError (400) or UnknownModelError (404)."""
-    fields = Fields(parse_object(body))
+    fields = Fields(parse_object(body) if isinstance(body, bytes) else body)
     _check_model(fields, limits)
     messages = tuple(_message(entry) for entry, _ in fields.items("messages", MAX_MESSAGES))
     wanted = fields.flag("logprobs", False)
@@ -113,9 +113,9 @@ def parse_chat(body: bytes, limits: Limits, tenant: int = 0) -> ChatRequest:
     return ChatRequest(options, messages, documents, add_prompt, variables)
 
 
-def parse_completion(body: bytes, limits: Limits, tenant: int = 0) -> CompletionRequest:
+def parse_completion(body: bytes | Json, limits: Limits, tenant: int = 0) -> CompletionRequest:
     """Check a completion body of one tenant. Raises InvalidRequestError (400) or UnknownModelError (404)."""
-    fields = Fields(parse_object(body))
+    fields = Fields(parse_object(body) if isinstance(body, bytes) else body)
     _check_model(fields, limits)
     prompts = _prompts(fields, limits)
     echo = fields.flag("echo", False)

@@ -5,29 +5,21 @@ Owns the protocol alone. Read by the server's modules.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TYPE_CHECKING, Protocol
 
 from kvlite.library import KEEP
-from kvlite.prompts import ChatPrompt
-from kvlite.request import RequestLimits, ValidatedRequest
+from kvlite.request import ValidatedRequest
 from kvlite.reuse_types import Document
-from kvlite.tokenizer import Message, Tokenizer
-from kvlite.types import Delta, EngineStats, RequestOptions, SamplingParams
+from kvlite.server.calls import TextSide
+from kvlite.types import Delta, EngineStats
 
 if TYPE_CHECKING:
     from kvlite.documents import DocumentInfo
 
 
-class ServingEngine(Protocol):
+class ServingEngine(TextSide, Protocol):
     """Docstrings are those of AsyncEngine."""
-
-    tokenizer: Tokenizer
-
-    @property
-    def limits(self) -> RequestLimits:
-        """What requests are checked against."""
-        ...
 
     @property
     def healthy(self) -> bool:
@@ -41,19 +33,6 @@ class ServingEngine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
-        ...
-
-    def prepare_chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        options: RequestOptions | None = None,
-        *,
-        documents: Sequence[Document | str] = (),
-        reuse: None = None,
-        **variables: Any,
-    ) -> ChatPrompt:
-        """A conversation as a request; for any thread but that of an event loop."""
         ...
 
     def stream_validated(self, request: ValidatedRequest) -> AsyncGenerator[Delta]:

@@ -1,7 +1,7 @@
 """From deltas to OpenAI's answers: chunks of a stream, or one whole body.
 
-Owns the order of events and the merging of several prompts into one answer; wire.py spells them. Sees the engine as
-`Source`. Closing an iterator from here aborts what it still runs. Called by app.py, one `Call` a request.
+Owns the order of events and the merging of several prompts into one answer; answer.py and wire.py spell them. Sees the
+engine as `Source`. Closing an iterator from here aborts what it still runs. Called by app.py, one `Call` a request.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from contextlib import aclosing
 
 import msgspec
 
-from kvlite.errors import EngineClosedError, EngineError, KvliteError
-from kvlite.server.failures import RequestTimeoutError, error_body
+from kvlite.errors import KvliteError
+from kvlite.server.answer import Answer, check_end, envelope
+from kvlite.server.failures import error_body
 from kvlite.server.usage import reuse_fields, usage_fields
-from kvlite.server.wire import Call, Chunk, Gathered, Prompt, Wire
-from kvlite.types import Delta, FinishReason
+from kvlite.server.wire import Call, Chunk, Prompt, Wire
+from kvlite.types import Delta
 
 MERGE_QUEUE = 16
 """Deltas of a batch that wait for a slow client before the prompts' own queues hold them."""
@@ -61,32 +62,13 @@ async def merged(source: Source, prompts: Sequence[Prompt]) -> AsyncGenerator[tu
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def check_end(delta: Delta) -> None:
-    """Raise for an end that is no answer."""
-    if delta.finish_reason is FinishReason.ERROR:
-        raise EngineError(delta.error or "the request failed inside the engine")
-    if delta.finish_reason is FinishReason.TIMEOUT:
-        raise RequestTimeoutError
-    if delta.finish_reason is FinishReason.CANCELLED:
-        raise EngineClosedError("the request was cancelled because the server shuts down")
-
-
 async def whole_answer(source: Source, call: Call, wire: Wire) -> Chunk:
     """The answer in one piece. Raises what the engine raises, and for every choice that did not end well."""
-    choices = [Gathered() for _ in range(len(call.prompts) * call.params.n)]
-    ends: list[Delta] = []
+    answer = Answer(call, wire)
     async with aclosing(merged(source, call.prompts)) as deltas:
         async for number, delta in deltas:
-            check_end(delta)
-            choices[number * call.params.n + delta.index].add(delta)
-            if delta.usage is not None:
-                ends.append(delta)
-    body = _envelope(call, wire.object)
-    body["choices"] = [wire.whole(index, choice) for index, choice in enumerate(choices)]
-    body |= usage_fields(call, ends)
-    if call.options.warnings:
-        body["warnings"] = call.options.warnings
-    return body
+            answer.add(number, delta)
+    return answer.body()
 
 
 async def event_stream(source: Source, call: Call, wire: Wire) -> AsyncGenerator[bytes, None]:
@@ -126,12 +108,8 @@ def sse(value: Chunk) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-def _envelope(call: Call, object: str) -> Chunk:
-    return {"id": call.id, "object": object, "created": call.created, "model": call.model}
-
-
 def _event(call: Call, wire: Wire, choices: list[Chunk], *, first: bool = False, cost: Chunk | None = None) -> bytes:
-    body = _envelope(call, wire.chunk_object)
+    body = envelope(call, wire.chunk_object)
     body["choices"] = choices
     if cost is not None:
         body |= cost
