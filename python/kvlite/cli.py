@@ -1,4 +1,4 @@
-"""The command `kvlite`: serve, fleet, chat, demo.
+"""The command `kvlite`: serve, fleet, chat, batch, demo.
 
 Owns flags (derived from EngineConfig, never written twice), exit codes (0 fine, 1 could not, 2 usage) and the rule that
 a user sees one clear line, not a traceback. Imports nothing heavy before a command runs, so that --help is instant.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvlite.config import EngineConfig, Setting, env_name, flag_name, setting_of
+from kvlite.config import EngineConfig, Scope, Setting, env_name, flag_name, setting_of
 from kvlite.errors import ConfigError, KvliteError
 from kvlite.fleet.settings import ENGINES_MAX, FleetSettings
 
@@ -84,20 +84,26 @@ def _flag(name: str, setting: Setting, default: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _with_settings(*, server: bool, more: Sequence[inspect.Parameter] = ()) -> Callable[..., Callable[..., None]]:
-    """Gives a command MODEL, a flag per setting (those of the server only where asked), `more` and --print-config.
+SERVER = tuple(Scope)
+TERMINAL = (Scope.ENGINE, Scope.ONLINE)
+OFFLINE = (Scope.ENGINE, Scope.API)
+
+
+def _with_settings(
+    scopes: Sequence[Scope], *, more: Sequence[inspect.Parameter] = ()
+) -> Callable[..., Callable[..., None]]:
+    """Gives a command `more`, MODEL, a flag per setting of `scopes`, and --print-config.
 
     The command gets the finished EngineConfig, and the values of `more` by name.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         model = Annotated[str | None, typer.Argument(help="Model directory; default: the small model that ships.")]
-        parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=model)]
+        parameters = [*more, inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=model)]
         for item in fields(EngineConfig):
             setting = setting_of(item)
-            if item.name != "model" and (server or not setting.server):
+            if item.name != "model" and setting.scope in scopes:
                 parameters.append(_flag(item.name, setting, item.default))
-        parameters += more
         show = Annotated[bool, typer.Option("--print-config", help="Print the settings in force and exit.")]
         parameters.append(
             inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=show)
@@ -121,7 +127,7 @@ def _with_settings(*, server: bool, more: Sequence[inspect.Parameter] = ()) -> C
 
 
 @app.command(name="serve")
-@_with_settings(server=True)
+@_with_settings(SERVER)
 def serve_command(config: EngineConfig) -> None:
     """Serve MODEL over HTTP in OpenAI's wire format."""
     from kvlite.server.__main__ import serve
@@ -151,7 +157,7 @@ _FLEET = (
 
 
 @fleet_app.command(name="serve")
-@_with_settings(server=True, more=_FLEET)
+@_with_settings(SERVER, more=_FLEET)
 def fleet_serve_command(config: EngineConfig, engines: int, transport: str, silence_s: float, restarts: int) -> None:
     """Serve MODEL on several engines as one server. --kv-cache-bytes is what each engine gets."""
     settings = FleetSettings(engines, transport, silence_s, restarts)
@@ -201,7 +207,7 @@ _DOCUMENT = inspect.Parameter(
 
 
 @app.command(name="chat")
-@_with_settings(server=False, more=(_DOCUMENT,))
+@_with_settings(TERMINAL, more=(_DOCUMENT,))
 def chat_command(config: EngineConfig, document: list[str] | None) -> None:
     """Talk to MODEL in the terminal, about documents if you like. Ctrl-C stops an answer, /quit ends."""
     from kvlite.chat import chat

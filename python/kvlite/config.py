@@ -53,6 +53,18 @@ class DefaultReuse(StrEnum):
     BLEND = "blend"
 
 
+class Scope(StrEnum):
+    """Who reads a setting, beside the variables and EngineConfig itself."""
+
+    ENGINE = "engine"
+    """Every engine."""
+    ONLINE = "online"
+    """Engines for whose answers somebody waits."""
+    API = "api"
+    """Whoever reads bodies in OpenAI's format: the server and batch."""
+    SERVER = "server"
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is known of one field beside its name and default: enough to print, parse and check it."""
@@ -69,8 +81,7 @@ class Setting:
     """Passed on to the core's config under the same name."""
     secret: bool = False
     """Never printed."""
-    server: bool = False
-    """Read by the server only."""
+    scope: Scope = Scope.ENGINE
 
     @property
     def range_text(self) -> str:
@@ -95,7 +106,7 @@ class EngineConfig:
 
     model: str | None = _setting(None, str, "model directory in Hugging Face layout", auto="the small model that ships")
     served_model_name: str | None = _setting(
-        None, str, "name of the model in the API", auto="name of its directory", server=True
+        None, str, "name of the model in the API", auto="name of its directory", scope=Scope.API
     )
     device: Device = _setting(Device.AUTO, Device, "where the model runs")  # noqa: RUF009
     dtype: DType = _setting(DType.AUTO, DType, "number format of weights and KV cache")  # noqa: RUF009
@@ -152,26 +163,31 @@ class EngineConfig:
         1 << 20, int, "prompts * n * (prompt + max_tokens) of one call", low=1, high=1 << 40, unit="tokens"
     )
     request_timeout_s: float = _setting(
-        600.0, float, "time after which a request ends with reason timeout", low=0.001, high=1e6, unit="s"
-    )
-    host: str = _setting("127.0.0.1", str, "address to listen on", server=True)
-    port: int = _setting(8000, int, "port to listen on; 0 takes a free one", low=0, high=65535, server=True)
+        600.0, float, "time after which a request ends with reason timeout; lists and batch files have no such limit",
+        low=0.001, high=1e6, unit="s", scope=Scope.ONLINE,
+    )  # fmt: skip
+    host: str = _setting("127.0.0.1", str, "address to listen on", scope=Scope.SERVER)
+    port: int = _setting(8000, int, "port to listen on; 0 takes a free one", low=0, high=65535, scope=Scope.SERVER)
     api_key: str | None = _setting(
         None, str, "key that clients must send; several, with commas between, are tenants", auto="none; loopback only",
-        secret=True, server=True,
+        secret=True, scope=Scope.SERVER,
     )  # fmt: skip
     admin_key: str | None = _setting(
-        None, str, "key that may publish documents for every tenant", auto="none", secret=True, server=True
+        None, str, "key that may publish documents for every tenant", auto="none", secret=True, scope=Scope.SERVER
     )
     public_documents: str | None = _setting(
-        None, str, "JSON-lines file of documents (id, title, text) that every tenant may use", auto="none", server=True
+        None,
+        str,
+        "JSON-lines file of documents (id, title, text) that every tenant may use",
+        auto="none",
+        scope=Scope.SERVER,
     )
     max_body_bytes: int = _setting(
-        1 << 20, int, "size of one request body", low=1024, high=1 << 30, unit="bytes", server=True
+        1 << 20, int, "size of one request body", low=1024, high=1 << 30, unit="bytes", scope=Scope.API
     )
-    strict_fields: bool = _setting(False, bool, "refuse unknown request fields with 400", server=True)
+    strict_fields: bool = _setting(False, bool, "refuse unknown request fields with 400", scope=Scope.API)
     drain_s: float = _setting(
-        30.0, float, "time that running requests get after SIGTERM", low=0.0, high=3600.0, unit="s", server=True
+        30.0, float, "time that running requests get after SIGTERM", low=0.0, high=3600.0, unit="s", scope=Scope.SERVER
     )
 
     def __post_init__(self) -> None:

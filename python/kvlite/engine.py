@@ -7,7 +7,7 @@ streams, documents computed ahead. One thread at a time; the server reaches it t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,22 +17,19 @@ from weakref import WeakValueDictionary
 from kvlite.config import EngineConfig
 from kvlite.documents import DocumentState, StoredDocument
 from kvlite.engine_stream import EngineStream, Home
-from kvlite.errors import CapacityError, EngineError, InvalidRequestError
+from kvlite.errors import CapacityError, InvalidRequestError
 from kvlite.interrupts import uninterrupted
 from kvlite.library import Library, check_made
 from kvlite.loop import Loop
 from kvlite.migration import How, MigrationReport, hand_over
 from kvlite.output import Collector
-from kvlite.progress import Bar
-from kvlite.prompts import ChatPrompt, ChatPrompts, Part, Prompt, is_parts, is_single
-from kvlite.request import ValidatedRequest, validate
+from kvlite.progress import Bar, Throughput
+from kvlite.prompts import ChatPrompt, ChatPrompts, Part, Prompt, is_parts, is_single, of_prompt
+from kvlite.request import TIMEOUT_S_MAX, ValidatedRequest, validate
 from kvlite.reuse_types import Document, EncodedPrompt, PrecomputeReport, Reuse, Segment
 from kvlite.startup import build
 from kvlite.tokenizer import Message
 from kvlite.types import Delta, FinishReason, RequestOptions, RequestOutput, SamplingParams
-
-IDLE_STEPS_LIMIT = 1000
-"""Steps in a row without a plan, while requests live, after which the engine gives up."""
 
 
 class Engine(Loop):
@@ -61,7 +58,6 @@ class Engine(Loop):
         """Came out for nobody in particular; the next `step` returns them."""
         self._unwanted: set[int] = set()
         """Aborted because their reader left."""
-        self._num_idle_steps = 0
 
     def validate(
         self,
@@ -146,13 +142,6 @@ class Engine(Loop):
         elif delta.usage is not None:
             self._unwanted.discard(delta.handle)
 
-    def _watch_for_stall(self) -> None:
-        """A core that plans nothing while requests live would hang its callers: a fault of ours, said aloud."""
-        self._num_idle_steps = self._num_idle_steps + 1 if self._plan is None and len(self._inflight) else 0
-        if self._num_idle_steps > IDLE_STEPS_LIMIT:
-            self._dead = f"{len(self._inflight)} requests wait and nothing is planned"
-            raise EngineError(self._dead)
-
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  a str is a Sequence[str] too
         self,
@@ -187,7 +176,9 @@ class Engine(Loop):
         """One prompt (text, ids, or parts with a Segment) or a list of them; outputs in the order of the prompts.
 
         `options` and `reuse` hold for all. All are checked before any starts; a list of any length is fed as the queue
-        has room. Raises InvalidRequestError; what goes wrong later is the finish reason of its choice.
+        has room, and has no time limit but that of `options`. `progress`: a bar with tokens/s and the share of the
+        prompts that came from the cache; None shows it on a terminal. Ctrl-C ends what runs, and the engine goes on.
+        Raises InvalidRequestError, of a list as `prompts[index]`; what goes wrong later is a finish reason.
         """
         if is_single(prompts):
             assert params is None or isinstance(params, SamplingParams), "one prompt has one SamplingParams"
@@ -196,7 +187,15 @@ class Engine(Loop):
         every = [params] * len(each) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(every) != len(each):
             raise InvalidRequestError("params", f"{len(every)} for {len(each)} prompts: give one, or one for each")
-        checked = [self.validate(prompt, own, options, reuse=reuse) for prompt, own in zip(each, every, strict=True)]
+        options = options or RequestOptions()
+        if options.timeout_s is None:
+            options = replace(options, timeout_s=TIMEOUT_S_MAX)
+        checked: list[ValidatedRequest] = []
+        for number, (prompt, own) in enumerate(zip(each, every, strict=True)):
+            try:
+                checked.append(self.validate(prompt, own, options, reuse=reuse))
+            except InvalidRequestError as error:
+                raise of_prompt(number, error) from None
         return self._run_all(checked, progress)
 
     def chat(
@@ -238,9 +237,11 @@ class Engine(Loop):
             if document.id is not None:
                 stored[n] = made
         states = [self.library.state(tenant, order.prompt_ids) for order in orders]
-        with Bar("computing", unit="documents", wanted=progress) as bar, closing(self._deltas_of_all(orders)) as deltas:
-            for num_done, at, delta in deltas:
-                check_made(delta)
+        with Bar("computing", unit="documents", wanted=progress) as bar, closing(self.run(orders)) as outcomes:
+            for num_done, (at, outcome) in enumerate(outcomes, 1):
+                if isinstance(outcome, InvalidRequestError):
+                    raise outcome
+                check_made(outcome)
                 if at in stored:
                     self.library.put(stored[at])
                 bar.update(num_done, len(orders))
@@ -317,42 +318,67 @@ class Engine(Loop):
         self._streams[handle] = stream
         return handle
 
-    def _run_all(self, requests: list[ValidatedRequest], progress: bool | None) -> list[RequestOutput]:
-        collectors = [Collector(request) for request in requests]
-        made = self._deltas_of_all(requests)
-        with Bar("generating", unit="requests", wanted=progress) as bar, closing(made) as deltas:
-            for num_done, at, delta in deltas:
-                collectors[at].push(delta)
-                bar.update(num_done, len(requests))
-        return [collector.output() for collector in collectors]
+    def run(self, requests: Iterable[ValidatedRequest]) -> Generator[tuple[int, Delta | InvalidRequestError]]:
+        """(number of the request, delta) as they come, or (number, why) for one that the core refuses.
 
-    def _deltas_of_all(self, requests: list[ValidatedRequest]) -> Generator[tuple[int, int, Delta]]:
-        """(requests that have ended, index of the request, delta), as they come; leaving early aborts the rest."""
+        Requests are taken while the queue has room: the core sees as many as may wait, and any number of them runs in
+        bounded memory. Leaving early aborts the rest. Raises what `add_validated` raises when no end would make room.
+        """
         box: deque[Delta] = deque()
-        started: dict[int, int] = {}
-        at = num_done = 0
+        numbers: dict[int, int] = {}
+        """By handle, of those that live."""
+        coming = enumerate(requests)
+        at_hand = next(coming, None)
         try:
-            while num_done < len(requests):
-                while at < len(requests) and (handle := self._try_add(requests[at])) is not None:
-                    started[handle] = at
-                    self._boxes[handle] = box
-                    at += 1
+            while numbers or at_hand is not None:
+                while at_hand is not None:
+                    number, request = at_hand
+                    try:
+                        if not self._try_add(request, number, numbers, box):
+                            break
+                    except InvalidRequestError as error:
+                        yield number, error
+                    at_hand = next(coming, None)
                 self._advance()
                 while box:
                     delta = box.popleft()
-                    num_done += delta.usage is not None
-                    yield num_done, started[delta.handle], delta
+                    number = numbers[delta.handle]
+                    if delta.usage is not None:
+                        del numbers[delta.handle], self._boxes[delta.handle]
+                    yield number, delta
         finally:
-            for handle in started:
+            for handle in numbers:
                 self._forget(handle)
 
-    def _try_add(self, request: ValidatedRequest) -> int | None:
+    def _try_add(self, request: ValidatedRequest, number: int, numbers: dict[int, int], box: deque[Delta]) -> bool:
+        """Starts one request of a run; False when it has to wait for the end of another."""
+        is_alone = not self.num_unfinished
         try:
-            return self.add_validated(request)
+            with uninterrupted():
+                handle = self.add_validated(request)
+                numbers[handle], self._boxes[handle] = number, box
         except CapacityError:
-            if not self.num_unfinished:
-                raise  # Nobody is left whose end would make room.
-            return None
+            if is_alone:
+                raise
+            return False
+        return True
+
+    def _run_all(self, requests: list[ValidatedRequest], progress: bool | None) -> list[RequestOutput]:
+        collectors: dict[int, Collector] = {}
+        outputs: dict[int, RequestOutput] = {}
+        done = Throughput()
+        with Bar("generating", unit="requests", wanted=progress) as bar, closing(self.run(requests)) as outcomes:
+            for number, outcome in outcomes:
+                if isinstance(outcome, InvalidRequestError):
+                    raise outcome if len(requests) == 1 else of_prompt(number, outcome)
+                collector = collectors.setdefault(number, Collector(requests[number]))
+                done.output_tokens += len(outcome.token_ids)
+                if collector.push(outcome):
+                    outputs[number] = collectors.pop(number).output()
+                    done.prompt_tokens += outputs[number].usage.prompt_tokens
+                    done.cached_tokens += outputs[number].usage.cached_tokens
+                bar.update(len(outputs), len(requests), done.note)
+        return [outputs[number] for number in range(len(requests))]
 
     def _forget(self, handle: int) -> None:
         """Nobody reads this request any more: it is aborted if it lives."""

@@ -35,6 +35,9 @@ from kvlite.types import Delta, EngineStats, FinishReason
 SPAN_HITS = (SegmentHit.PREFIX, SegmentHit.DEVICE, SegmentHit.MADE, SegmentHit.COMPUTED, SegmentHit.RECIPE)
 """By the core's number."""
 
+IDLE_STEPS_LIMIT = 1000
+"""Steps in a row without a plan, while requests live, after which the engine gives up."""
+
 
 class Loop:
     """The engine without its front ends."""
@@ -58,6 +61,7 @@ class Loop:
         """How requests leave for other engines and arrive from them."""
         self._num_waiting = 0
         self._num_added = 0
+        self._num_idle_steps = 0
         self._failed = False
         """Whether the plan that was computed last failed."""
         self._dead: str | None = None
@@ -244,6 +248,13 @@ class Loop:
         self._plan = plan if plan.num_tokens else None
         self._num_waiting = plan.num_waiting
         return deltas
+
+    def _watch_for_stall(self) -> None:
+        """A core that plans nothing while requests live would hang its callers: a fault of ours, said aloud."""
+        self._num_idle_steps = self._num_idle_steps + 1 if self._plan is None and len(self._inflight) else 0
+        if self._num_idle_steps > IDLE_STEPS_LIMIT:
+            self._dead = f"{len(self._inflight)} requests wait and nothing is planned"
+            raise EngineError(self._dead)
 
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now."""

@@ -1,12 +1,14 @@
 """`Bar`: a progress bar of one line on stderr, for work that a person may wait for.
 
-Shown on a terminal, or when asked for; silent otherwise and for work that ends within half a second. Called by Engine.
+Shown on a terminal, or when asked for; silent otherwise and for work that ends within half a second. `Throughput` is
+what the bar of many requests says beside their number. Called by Engine and by kvlite.batch.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -27,8 +29,8 @@ class Bar:
         self._next = self._start if wanted else self._start + DELAY_S
         self._dirty = False
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Draws when it is time to; cheap otherwise."""
+    def update(self, done: int, total: int, note: Callable[[], str] = str) -> None:
+        """Draws when it is time to, `note()` behind the count; cheap otherwise."""
         now = time.monotonic()
         if not self._shown or (now < self._next and done < total) or (not self._dirty and now < self._next):
             return
@@ -37,7 +39,7 @@ class Bar:
         filled = WIDTH * done // max(total, 1)
         amount = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB" if self._unit == "B" else f"{done}/{total} {self._unit}"
         bar = "#" * filled + "-" * (WIDTH - filled)
-        sys.stderr.write(f"\r{self._label} [{bar}] {amount} {now - self._start:.0f} s {note}\x1b[K")
+        sys.stderr.write(f"\r{self._label} [{bar}] {amount} {now - self._start:.0f} s {note()}\x1b[K")
         sys.stderr.flush()
 
     def __enter__(self) -> Self:
@@ -49,3 +51,31 @@ class Bar:
         if self._dirty:
             sys.stderr.write("\n")
             sys.stderr.flush()
+
+
+class Throughput:
+    """Tokens of the requests of one run, since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.output_tokens = 0
+        self.prompt_tokens = 0
+        """Of requests that have ended, as `cached_tokens`."""
+        self.cached_tokens = 0
+        """Prompt tokens that were not computed: their KV came from the cache."""
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def saved_ratio(self) -> float:
+        """Share of the prompt tokens that came from the cache, 0 to 1."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def note(self) -> str:
+        """Rates over the whole run, and the share saved."""
+        seconds = max(self.seconds, 1e-9)
+        rates = f"{self.prompt_tokens / seconds:.0f} prompt + {self.output_tokens / seconds:.0f} output tokens/s"
+        return f"{rates}, {self.saved_ratio:.0%} of the prompts from the cache"

@@ -78,3 +78,8 @@ def is_single(prompts: Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequen
         return True
     is_list = not isinstance(prompts, str) and isinstance(prompts, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
     return not is_list or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | EncodedPrompt))
+
+
+def of_prompt(number: int, error: InvalidRequestError) -> InvalidRequestError:
+    """The same error, naming which prompt of a list it is about."""
+    return InvalidRequestError(f"prompts[{number}]", error.message if error.param == "prompt" else str(error))

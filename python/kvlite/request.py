@@ -21,6 +21,7 @@ from kvlite.reuse_types import EncodedPrompt, Reuse, ReuseMode, SegmentSpan
 from kvlite.types import GenerationDefaults, RequestOptions, SamplingParams
 
 PRIORITY_LIMIT = 1_000_000
+TIMEOUT_S_MAX = 1e6
 TENANT_LIMIT = PUBLIC_TENANT - 1
 
 
@@ -293,7 +294,7 @@ def _check_options(limits: RequestLimits, options: RequestOptions) -> float:
     check_integer("tenant", options.tenant, 0, TENANT_LIMIT)
     if options.reuse is not None and not isinstance(options.reuse, Reuse):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidRequestError("reuse", f"{options.reuse!r} is not allowed: must be a kvlite.Reuse")
-    check_number("timeout_s", options.timeout_s, 0.0, 1e6, optional=True)
+    check_number("timeout_s", options.timeout_s, 0.0, TIMEOUT_S_MAX, optional=True)
     if options.timeout_s == 0:
         raise InvalidRequestError("timeout_s", "0 is out of range: must be above 0 and at most 1e6")
     return limits.config.request_timeout_s if options.timeout_s is None else options.timeout_s
