@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvlite import (
+    Delta,
     Engine,
     FinishReason,
+    InvalidRequestError,
     RequestOptions,
     Reuse,
     SamplingParams,
 )
 from kvlite.output import StopMatcher
+from kvlite.request import ValidatedRequest
 from tests.engines import SMALL, engine, essence, ids, tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -249,6 +254,53 @@ def test_a_list_longer_than_the_queue_is_fed_as_room_appears_and_keeps_its_order
         assert narrow.generate([], GREEDY) == []
 
 
+def test_a_run_takes_requests_only_as_the_queue_has_room() -> None:
+    with engine(max_num_waiting=3, max_num_seqs=2) as narrow:
+        params = replace(GREEDY, max_tokens=2)
+        taken, ended, most = 0, 0, 0
+
+        def endless() -> Iterator[ValidatedRequest]:
+            nonlocal taken
+            while True:
+                taken += 1
+                yield narrow.validate(ids(4, taken), params)
+
+        with closing(narrow.run(endless())) as outcomes:
+            for number, outcome in outcomes:
+                assert isinstance(outcome, Delta) and number < taken
+                ended += outcome.usage is not None
+                most = max(most, taken - ended)
+                if ended == 20:
+                    break
+        assert most <= 3 + 2 + 1, "waiting, running, and the one at hand"
+        assert narrow.step() == [] and narrow.num_unfinished == 0
+
+
+def test_what_the_core_refuses_ends_alone_in_a_run(one: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [one.validate(ids(4, n), replace(GREEDY, max_tokens=2)) for n in range(3)]
+    add = one.add_validated
+
+    def refuse_the_second(request: ValidatedRequest) -> int:
+        if request is requests[1]:
+            raise InvalidRequestError("max_tokens", "needs 9 blocks")
+        return add(request)
+
+    monkeypatch.setattr(one, "add_validated", refuse_the_second)
+    outcomes = list(one.run(requests))
+    assert [(n, str(found)) for n, found in outcomes if isinstance(found, Exception)] == [
+        (1, "max_tokens: needs 9 blocks")
+    ]
+    assert {n for n, found in outcomes if isinstance(found, Delta) and found.usage} == {0, 2}
+
+
+def test_a_list_outlives_the_time_limit_of_single_requests() -> None:
+    with engine(request_timeout_s=0.001, max_num_seqs=1) as hasty:
+        prompts = [ids(20, n) for n in range(8)]
+        assert {output.outputs[0].finish_reason for output in hasty.generate(prompts, GREEDY)} == {FinishReason.LENGTH}
+        late = hasty.generate(prompts, GREEDY, RequestOptions(timeout_s=1e-6))
+        assert {output.outputs[0].finish_reason for output in late} == {FinishReason.TIMEOUT}
+
+
 def test_text_and_ids_and_lists_of_them_are_prompts(one: Engine) -> None:
     text = "Nora lives in"
     tokens = one.tokenizer.encode(text)
@@ -260,6 +312,7 @@ def test_text_and_ids_and_lists_of_them_are_prompts(one: Engine) -> None:
 
 def test_progress_is_drawn_when_asked(one: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     one.generate([ids(4)] * 3, replace(GREEDY, max_tokens=2), progress=True)
-    assert "3/3 requests" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "3/3 requests" in shown and "output tokens/s" in shown and "% of the prompts from the cache" in shown
     one.generate([ids(4)] * 3, replace(GREEDY, max_tokens=2))
     assert capsys.readouterr().err == "", "stderr is no terminal here"

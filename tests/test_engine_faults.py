@@ -69,7 +69,10 @@ def test_bad_requests_name_their_field_and_change_nothing(
     if param is not None:
         with pytest.raises(InvalidRequestError, match=said) as caught:
             one.generate([ids(5), prompt], SamplingParams(**params))
-        assert caught.value.param == param
+        if param == "prompt":
+            assert caught.value.param == "prompts[1]"
+        else:  # Some parameters suit no prompt, so that the first one is named.
+            assert caught.value.message.startswith(f"{param}: ")
     assert one.num_unfinished == 1, "no prompt of the list has started"
     rest = list(neighbour)
     tokens = tuple(id for delta in [first, *rest] for id in delta.token_ids)
@@ -248,6 +251,23 @@ def test_ctrl_c_in_a_step_loses_nothing_of_the_others(where: str, monkeypatch: p
         assert tuple(id for delta in [shown[0], *rest] for id in delta.token_ids) == expected[1].token_ids
         assert essence(made.generate(ids(10, 1), GREEDY)) == essence(expected[0])
         assert made.step() == [] and made.num_unfinished == 0
+        made._core.audit()
+
+
+@pytest.mark.parametrize("where", ["core", "forward"])
+def test_ctrl_c_in_a_list_ends_it_and_leaves_the_engine_usable(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with engine(deterministic=True, max_num_waiting=2, max_num_seqs=2) as made:
+        prompts = [ids(5 + n, n) for n in range(9)]
+        expected = made.generate(prompts, GREEDY)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if where == "core":
+                patch.setattr(made, "_core", Interrupting(made._core))
+            else:
+                patch.setattr(made._runner.decoder, "forward", lambda *_: signal.raise_signal(signal.SIGINT))
+            made.generate(prompts, GREEDY)
+        assert [essence(output) for output in made.generate(prompts, GREEDY)] == [essence(each) for each in expected]
+        assert made.step() == [] and made.num_unfinished == 0 and made._boxes == {}
         made._core.audit()
 
 

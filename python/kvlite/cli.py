@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -213,6 +214,38 @@ def chat_command(config: EngineConfig, document: list[str] | None) -> None:
     from kvlite.chat import chat
 
     chat(config, document or ())
+
+
+def _argument(name: str, metavar: str, help: str) -> inspect.Parameter:
+    annotation = Annotated[Path, typer.Argument(metavar=metavar, help=help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+
+
+_BATCH = (
+    _argument("requests", "IN.jsonl", "Requests, one a line: custom_id, method POST, url, body."),
+    _argument("answers", "OUT.jsonl", "Their answers, one a line, in the order in which they end."),
+)
+
+
+@app.command(name="batch")
+@_with_settings(OFFLINE, more=_BATCH)
+def batch_command(config: EngineConfig, requests: Path, answers: Path) -> None:
+    """Answer a file of requests in OpenAI's batch format on MODEL, without a server.
+
+    An interrupted run continues when the same command is given again: lines that OUT.jsonl has are kept. Lines added to
+    IN.jsonl since are answered too; one whose answer you remove from OUT.jsonl is answered again.
+
+    url is /v1/chat/completions or /v1/completions. A bad body is an answer with the status and error that the server
+    would give; a bad line stops the command before anything runs.
+
+    Exit status: 0 every line has its answer, 1 it could not go on (full disk, no model), 2 a bad setting or file,
+    130 Ctrl-C.
+    """
+    from kvlite.batch.run import Files, run_batch
+
+    with _one_line_errors():
+        if not run_batch(config, Files(requests, answers), lambda line: typer.echo(line, err=True)):
+            raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @app.command(name="demo")

@@ -65,9 +65,10 @@ ALLOWED: dict[str, set[str]] = {
     "async_engine": ENGINE | {"documents", "output", "prompts", "readers"},
     "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "readers", "prompts", "runner", "startup"},
     "server": SERVING | {"fleet", "prompts"},
+    "batch": ENGINE | {"interrupts", "server", "startup"},
     "chat": SERVING,
     "demo": SERVING | {"server"},
-    "cli": SERVING | {"server", "chat", "demo", "fleet", "bench"},
+    "cli": SERVING | {"server", "batch", "chat", "demo", "fleet", "bench"},
     "__init__": SERVING,
     "__main__": {"cli", *SERVING, "server", "fleet"},
 }

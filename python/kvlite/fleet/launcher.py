@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kvlite.config import Device, EngineConfig, setting_of
+from kvlite.config import Device, EngineConfig, Scope, setting_of
 from kvlite.errors import ConfigError, KvliteError, ModelLoadError
 from kvlite.fleet.auth import FleetKey
 from kvlite.fleet.dial import Listener, listen
@@ -153,7 +153,7 @@ class Launcher:
         config = {
             item.name: getattr(self._config, item.name)
             for item in fields(EngineConfig)
-            if not setting_of(item).server and not setting_of(item).secret
+            if setting_of(item).scope in (Scope.ENGINE, Scope.ONLINE) and not setting_of(item).secret
         }
         known = self._fleet.pool_bytes(engine)
         if known is not None:
