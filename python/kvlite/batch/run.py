@@ -79,7 +79,7 @@ def _summary(source: Source, sink: Sink, run: _Run | None) -> str:
         kinds = ", ".join(f"{count} with status {status}" for status, count in failed.items())
         lines[0] += f", {sum(failed.values())} of them with an error ({kinds})"
     if run is not None:
-        lines.append(f"{run.done.seconds:.1f} s, {run.done.note()}")
+        lines.append(run.pace)
     if num_done < num_lines:
         lines.append("the same command goes on from here")
     return "\n".join(lines)
@@ -99,7 +99,8 @@ class _Run:
     """One engine at work on the lines of one file."""
 
     def __init__(self, engine: Engine, calls: Calls, source: Source, sink: Sink) -> None:
-        self.done = Throughput()
+        self.pace = ""
+        """Of `answer`, in words."""
         self._engine = engine
         self._calls = calls
         self._source = source
@@ -110,12 +111,15 @@ class _Run:
 
     def answer(self, order: list[Entry], progress: bool | None) -> None:
         """Feeds the lines in that order and writes each when it has ended."""
-        requests = self._requests(order)
-        with Bar("answering", unit="lines", wanted=progress) as bar, closing(self._engine.run(requests)) as outcomes:
-            for number, outcome in outcomes:
-                self._take(number, outcome)
-                self._sink.sync_when_due()
-                bar.update(len(self._sink.answered), len(self._source.entries), self.done.note)
+        made, done = self._engine.run(self._requests(order)), Throughput()
+        try:
+            with Bar("answering", unit="lines", wanted=progress) as bar, closing(made) as outcomes:
+                for number, outcome in outcomes:
+                    self._take(number, outcome, done)
+                    self._sink.sync_when_due()
+                    bar.update(len(self._sink.answered), len(self._source.entries), done.note)
+        finally:
+            self.pace = f"{done.seconds:.1f} s, {done.note()}"
 
     def _requests(self, order: list[Entry]) -> Iterator[ValidatedRequest]:
         for entry in order:
@@ -146,21 +150,24 @@ class _Run:
         seed = int.from_bytes(blake2b(name, digest_size=8).digest(), "little", signed=True)
         return replace(request, params=replace(request.params, seed=seed))
 
-    def _take(self, number: int, outcome: Delta | InvalidRequestError) -> None:
+    def _take(self, number: int, outcome: Delta | InvalidRequestError, done: Throughput) -> None:
         line, prompt = self._open[number]
         if isinstance(outcome, InvalidRequestError) or outcome.usage is not None:
             del self._open[number]
-        error = outcome if isinstance(outcome, InvalidRequestError) else self._add(line, prompt, outcome)
+        if isinstance(outcome, InvalidRequestError):
+            error = outcome
+        else:
+            done.output_tokens += len(outcome.token_ids)
+            if outcome.usage is not None:
+                done.prompt_tokens += outcome.usage.prompt_tokens
+                done.cached_tokens += outcome.usage.cached_tokens
+            error = self._add(line, prompt, outcome)
         if error is not None and not line.has_ended:
             line.has_ended = True
             self._refuse(line.entry, error)
 
     def _add(self, line: _Open, prompt: int, delta: Delta) -> KvliteError | None:
         """Takes a delta, and writes the line when it was the last; returns why there will be no answer."""
-        self.done.output_tokens += len(delta.token_ids)
-        if delta.usage is not None:
-            self.done.prompt_tokens += delta.usage.prompt_tokens
-            self.done.cached_tokens += delta.usage.cached_tokens
         if line.has_ended:
             return None
         try:
