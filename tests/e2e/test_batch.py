@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from kvlite.demo import read_script
 from tests.batch.lines import read, write
 
-from .conftest import DEADLINE_S
+from .conftest import DEADLINE_S, POLL_S
 
 NUM_LINES = 48
 NAMES = ("Edgar", "Nora", "Ben")
@@ -55,10 +56,9 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: Pat
     assert f"{NUM_LINES} of {NUM_LINES} lines answered" in whole.stderr and whole.stdout == ""
 
     answers = tmp_path / "out.jsonl"
-    # A pipe in the place of the file's directory entry cannot be locked, so the file itself is watched as it grows.
     process = subprocess.Popen(command(requests, answers), stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (answers.exists() and answers.stat().st_size):
-        pass
+        time.sleep(POLL_S)
     process.send_signal(how)
     _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == (-how if how is signal.SIGKILL else 130), said
