@@ -24,6 +24,7 @@ from kvlite.models import Decoder, ModelConfig, load_config, load_model
 from kvlite.ops import Ops, select
 from kvlite.request import RequestLimits, resolve_method
 from kvlite.reuse_types import Reuse
+from kvlite.runner.graphs import CudaRecorder
 from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
@@ -146,6 +147,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     )
     sampler, canonical_len = _sampler(config, model, device, ops), len(identity.canonical_prefix)
     runner = ModelRunner(decoder, pool, sampler, canonical_len=canonical_len)
+    if device.type == "cuda" and not config.enforce_eager:
+        with _phase(phases, "CUDA graphs"):
+            runner.record_graphs(CudaRecorder(device))
     return Parts(tokenizer, limits, runner, core, arenas, startup)
 
 

@@ -77,6 +77,11 @@ class Decoder:
         self._scratch.reserve(num_tokens)
         self._scratch.logits(num_samples)
 
+    @property
+    def reserved_tokens(self) -> int:
+        """Rows that the buffers hold; a longer batch moves them."""
+        return self._scratch.capacity
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_pool: torch.Tensor, probes: Sequence[Probe] = ()) -> torch.Tensor:
         """Runs all layers, stores every row's keys and values in `kv_pool`, returns normalised hidden states [T', W].

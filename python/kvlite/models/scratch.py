@@ -83,6 +83,11 @@ class Scratch:
         self._capacity = capacity
         self._views.clear()
 
+    @property
+    def capacity(self) -> int:
+        """Rows that there is room for; while it stays, so do the addresses."""
+        return self._capacity
+
     def views(self, num_rows: int) -> Views:
         """Views for T = num_rows."""
         views = self._views.get(num_rows)

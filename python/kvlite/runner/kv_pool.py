@@ -17,6 +17,7 @@ import torch
 
 from kvlite.reuse import NUM_LINKS, ScoreEntry
 from kvlite.runner.plan import Plan
+from kvlite.runner.upload import upload
 
 PlaceKv = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(pool, source slots, target slots, positions): `Decoder.place_kv`."""
@@ -65,10 +66,10 @@ class KVPool:
         """Block copies, then changes of the block table: both before anything of this plan is computed or stored."""
         device = self.data.device
         if len(plan.block_copy):
-            copies = torch.tensor(plan.block_copy[:, 1:], dtype=torch.int64).to(device)
+            copies = upload(plan.block_copy[:, 1:], device, torch.int64)
             self.data[copies[:, 1]] = self.data[copies[:, 0]]
         if len(plan.block_update):
-            updates = torch.tensor(plan.block_update, dtype=torch.int64).to(device)
+            updates = upload(plan.block_update, device, torch.int64)
             self.block_table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
             self.links[updates[:, 2]] = 0
 
@@ -82,7 +83,7 @@ class KVPool:
         row = np.arange(len(which)) - np.repeat(np.cumsum(length) - length, length)
         position, source = start[which] + row, offset[which] + row
         source = plan.source_blocks[first[which] + source // block_size] * block_size + source % block_size
-        at = torch.tensor(np.stack([seq_row[which], position, source])).to(device)
+        at = upload(np.stack([seq_row[which], position, source]), device)
         target = self.block_table[at[0], at[1] // block_size] * block_size + at[1] % block_size
         place_kv(self.data, at[2].int(), target.int(), at[1].int())
         links = self.links.flatten(0, 1)

@@ -1,6 +1,7 @@
 """`ModelRunner`: carries out one plan: block changes, places, forward pass, scores, logits of sampled rows, samples.
 
-Owns the KV pool, the sampler's tables, the reuse methods by number and the last token of every row; decides nothing. A
+Owns the KV pool, the sampler's tables, the reuse methods by number, the last token of every row and, on a GPU, the
+graphs of decode batches; decides nothing. A
 row without usable logits ends that row's request; an exception ends the plan, and the engine goes on. Called by
 engine.py once per step.
 """
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from kvlite.models import Decoder, ForwardBatch, Probe, rows_to_the_end
 from kvlite.reuse import LinkProbe, MethodTable, ScoreEntry, Tools
+from kvlite.runner.graphs import DecodeGraphs, Recorder
 from kvlite.runner.kv_pool import KVPool
 from kvlite.runner.plan import Arena, Int32, Plan, SampleKind, Status, as_rows
 from kvlite.runner.sampler import RawLogprobs, Sampler
+from kvlite.runner.upload import upload
 
 LOGITS_ROWS = 256
 """Rows of logits at once: bounds memory when a long prompt asks for log-probabilities."""
@@ -50,6 +53,11 @@ class ModelRunner:
         """Sequences (seq_row) whose next logits are wanted; a row leaves when they are handed out."""
         rows = pool.block_table.shape[0]
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=decoder.device)
+        self._graphs: DecodeGraphs | None = None
+
+    def record_graphs(self, recorder: Recorder) -> None:
+        """Decode batches are replayed from now on; after `Decoder.reserve`, before the first plan."""
+        self._graphs = DecodeGraphs(self.decoder, self.pool, self._last_token, recorder=recorder)
 
     def run(self, arena: Arena, plan: Plan) -> RunResult:
         """Computes `plan`, which lies in `arena`, and completes it there. Never raises an Exception."""
@@ -65,15 +73,20 @@ class ModelRunner:
     def _run(self, arena: Arena, plan: Plan) -> RunResult:
         self.pool.apply(plan)
         self.pool.place(plan, self.decoder.place_kv)
-        arena.upload()
         scoring, making = self._probes(plan), self._makers(plan)
-        hidden = self.decoder.forward(self._batch(arena, plan), self.pool.data, [*scoring, *making])
+        hidden = None if self._graphs is None else self._graphs.forward(plan)
+        if hidden is None:
+            arena.upload()
+            hidden = self.decoder.forward(self._batch(arena, plan), self.pool.data, [*scoring, *making])
         result = self._sample(plan, hidden, rows_to_the_end(scoring, plan.num_tokens))
         _answer(plan, scoring)
         for probe in making:
             slots = plan.segment_slot[probe.rows.start : probe.rows.stop]
-            self.pool.links.flatten(0, 1)[torch.tensor(slots, device=hidden.device).long()] = probe.links()
+            self.pool.links.flatten(0, 1)[upload(slots, hidden.device, torch.int64)] = probe.links()
         self._remember(plan)
+        if not len(plan.sample) and hidden.device.type == "cuda":
+            # Sampled ids were waited for. Without any, the device may still read the arena, which the core overwrites.
+            torch.cuda.current_stream(hidden.device).synchronize()
         return result
 
     def _sample(self, plan: Plan, hidden: torch.Tensor, kept: NDArray[np.int64] | None) -> RunResult:
@@ -83,7 +96,7 @@ class ModelRunner:
             part = plan.sample[start : start + LOGITS_ROWS]
             rows, seq_rows, kinds = part[:, 0], part[:, 1], part[:, 2]
             where = rows if kept is None else np.searchsorted(kept, rows)
-            logits = self.decoder.logits(hidden[torch.tensor(where, dtype=torch.int64, device=hidden.device)])
+            logits = self.decoder.logits(hidden[upload(where, hidden.device, torch.int64)])
             if self.captured:
                 self._capture(seq_rows, kinds, logits, result)
             sampled = self.sampler.sample(logits, seq_rows, kinds, plan.last_key[rows])
@@ -127,8 +140,8 @@ class ModelRunner:
         ahead = np.flatnonzero(plan.token_ids < 0)
         if len(ahead):
             seq = np.searchsorted(plan.query_start, ahead, side="right") - 1
-            where = torch.tensor(ahead, device=token_ids.device)
-            rows = torch.tensor(plan.seq_row[seq], dtype=torch.int64, device=token_ids.device)
+            where = upload(ahead, token_ids.device)
+            rows = upload(plan.seq_row[seq], token_ids.device, torch.int64)
             token_ids = token_ids.index_put((where,), self._last_token[rows])
         return ForwardBatch(
             token_ids=token_ids,
@@ -145,8 +158,10 @@ class ModelRunner:
     def _remember(self, plan: Plan) -> None:
         """Keeps the sampled ids on the device for a plan that is made before they are committed."""
         if len(plan.sample):
-            rows = torch.tensor(plan.sample[:, 1], dtype=torch.int64, device=self._last_token.device)
-            self._last_token[rows] = torch.tensor(np.maximum(plan.sampled, 0), device=self._last_token.device)
+            device = self._last_token.device
+            self._last_token[upload(plan.sample[:, 1], device, torch.int64)] = upload(
+                np.maximum(plan.sampled, 0), device
+            )
 
 
 def _answer(plan: Plan, probes: list[Probe]) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvlite.ops import Ops
 from kvlite.runner.plan import Int32, SampleKind
+from kvlite.runner.upload import upload
 from kvlite.types import SamplingParams
 
 _MASK64 = (1 << 64) - 1
@@ -124,7 +125,7 @@ class Sampler:
         self, logits: torch.Tensor, rows: Int32, positions: NDArray[np.int64], greedy: NDArray[np.bool_]
     ) -> Int32:
         def table(values: NDArray[np.generic]) -> torch.Tensor:
-            return torch.as_tensor(values, device=self._device)
+            return upload(values, self._device)
 
         temperature = self._temperature[rows]
         temperature[greedy] = 0
@@ -154,7 +155,7 @@ class Sampler:
             values += [*bias.values(), *([-float("inf")] * len(banned))]
         if line:
             where = (self._index(line), self._index(ids))
-            logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=self._device), accumulate=True)
+            logits.index_put_(where, upload(np.asarray(values, np.float32), self._device), accumulate=True)
 
     def _logprobs(
         self, raw: torch.Tensor, wanted: NDArray[np.intp], targets: Int32, tokens: Int32, asked: Int32
@@ -182,7 +183,7 @@ class Sampler:
         return state
 
     def _index(self, values: Sequence[int] | NDArray[np.generic]) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values), dtype=torch.int64, device=self._device)
+        return upload(np.asarray(values), self._device, torch.int64)
 
 
 class _PenaltyTable:
@@ -230,8 +231,8 @@ class _PenaltyTable:
         paying = self._slot[rows] >= 0
         if not paying.any():
             return
-        line = torch.tensor(lines[paying], device=self._device)
-        slot = torch.tensor(self._slot[rows[paying]], device=self._device)
+        line = upload(lines[paying], self._device)
+        slot = upload(self._slot[rows[paying]], self._device)
         counts, factors = self._counts[slot], self._factors[slot]
         changed = logits[line]
         repetition = factors[:, :1]
@@ -243,8 +244,8 @@ class _PenaltyTable:
     def count(self, rows: Int32, tokens: Int32) -> None:
         """Adds the sampled ids to the counts of paying rows."""
         paying = (self._slot[rows] >= 0) & (tokens >= 0)
-        slot = torch.tensor(self._slot[rows[paying]], device=self._device)
-        token = torch.tensor(tokens[paying], dtype=torch.int64, device=self._device)
+        slot = upload(self._slot[rows[paying]], self._device)
+        token = upload(tokens[paying], self._device, torch.int64)
         self._counts.index_put_((slot, token), torch.ones_like(token, dtype=torch.int32), accumulate=True)
 
 
