@@ -67,8 +67,8 @@ format: build ## rewrite sources as ruff and rustfmt want them
 bench: build ## speed of the core, from Rust and through PyO3; ends in one JSON line
 	@$(PY) -m bench core
 
-peers: build ## vLLM in an environment of its own (.peers, 6 GB), for: python -m bench compare --peers vllm
-	@$(PY) -m bench.install_peers
+peers: build ## vLLM and llama.cpp in environments of their own (.peers, 7 GB), for: python -m bench compare
+	@$(PY) -m bench install-peers
 
 soak: build ## the simulators with many seeds (KVLITE_SEEDS, KVLITE_STEPS, KVLITE_MODEL_SEEDS, KVLITE_MIGRATION_SEEDS)
 	@KVLITE_SEEDS=$(KVLITE_SEEDS) KVLITE_STEPS=$(KVLITE_STEPS) KVLITE_MODEL_SEEDS=$(KVLITE_MODEL_SEEDS) \

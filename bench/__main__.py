@@ -18,6 +18,7 @@ BENCHMARKS = {
     "kernels": "each op on each backend, as shares of its bound",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",
     "compare": "kvlite and its peers side by side, each in its own environment",
+    "install-peers": "vLLM and llama.cpp, each in an environment of its own, for compare",
     "make-model": "write a random-weight checkpoint that every engine can load",
 }
 
@@ -27,7 +28,7 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["help"]
     if name not in BENCHMARKS:
         for known, text in BENCHMARKS.items():
-            print(f"  python -m {__package__} {known:10} {text}")
+            print(f"  python -m {__package__} {known:13} {text}")
         return 0 if name in ("help", "-h", "--help") else 2
     try:
         return importlib.import_module(f".{name.replace('-', '_')}", __package__).main(arguments)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -162,23 +162,31 @@ async def find_model(address: Address, api_key: str | None, timeout_s: float = 1
     raise BenchError(f"{address} answers no OpenAI API: GET /v1/models gave {body[:80]!r}")
 
 
-async def completion(
-    address: Address, fields: dict[str, Any], api_key: str | None, path: str = "/v1/completions"
-) -> AsyncGenerator[Piece]:
-    """Streams the answer. Raises RequestError for an error, also in mid-stream, and for a stream without end."""
-    body = json.dumps(fields | {"stream": True, "stream_options": {"include_usage": True}}).encode()
-    async with exchange(address, "POST", path, body, api_key) as response:
+async def events(
+    address: Address, path: str, fields: dict[str, Any], api_key: str | None = None
+) -> AsyncGenerator[bytes]:
+    """The data of each server-sent event of an answer, until the server ends it. Raises RequestError for an error."""
+    async with exchange(address, "POST", path, json.dumps(fields).encode(), api_key) as response:
         if response.status != 200:
             raise RequestError(complaint(response.status, await response.whole()))
         pending = b""
         async for part in response.chunks():
             *lines, pending = (pending + part).split(b"\n")
             for line in lines:
-                event = line.strip().removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-                if event == b"[DONE]":
-                    return
-                if event:
-                    yield parse_event(event)
+                if line.startswith(b"data:") and (event := line.removeprefix(b"data:").strip()):
+                    yield event
+
+
+async def completion(
+    address: Address, fields: dict[str, Any], api_key: str | None, path: str = "/v1/completions"
+) -> AsyncGenerator[Piece]:
+    """Streams the answer. Raises RequestError for an error, also in mid-stream, and for a stream without end."""
+    wanted = fields | {"stream": True, "stream_options": {"include_usage": True}}
+    async with aclosing(events(address, path, wanted, api_key)) as found:
+        async for event in found:
+            if event == b"[DONE]":
+                return
+            yield parse_event(event)
     raise RequestError("the stream ended without [DONE]")
 
 

@@ -1,7 +1,11 @@
-"""`BenchError`: why a benchmark stops, in one sentence. `python -m bench` prints it and ends with status 1."""
+"""Why a benchmark stops, in one sentence. `python -m bench` prints a `BenchError` and ends with status 1."""
 
 from __future__ import annotations
 
 
 class BenchError(Exception):
     """The run cannot go on, or its figures would be wrong; the text says what to change."""
+
+
+class TargetError(Exception):
+    """One engine cannot be measured; the others can."""

@@ -151,7 +151,8 @@ def write_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
     tokenizer.train_from_iterator(text(seed, 2 * wanted), trainer)
     assert tokenizer.get_vocab_size() == wanted, "the text has words enough for every merge"
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    # Some classes of transformers add an unknown token of their own, past the vocabulary, where none is named.
+    named = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>", "unk_token": "<|pad|>"}
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "chat_template": CHAT}
     (folder / "tokenizer_config.json").write_text(json.dumps(named | fixed, indent=1))
 

@@ -1,7 +1,10 @@
-"""Engines that `compare` can start: kvlite and its peers, each a command that serves OpenAI's API.
+"""Engines that `compare` can start: kvlite and its peers, each a command that serves an HTTP API.
 
 Owns how each is told the same model, port, threads and element type, and how a server's life is watched; knows nothing
 of workloads. A peer that is not installed, does not start, or dies is a `TargetError` that says which and why.
+
+`auto` is each engine's best number format for a 16-bit checkpoint on this CPU: what it keeps of the weights has 16 bits
+in every engine but transformers without bf16 instructions, which is slower yet when it keeps them (see `_native`).
 """
 
 from __future__ import annotations
@@ -9,27 +12,30 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from . import llamacpp
 from .client import Address, find_model
-from .errors import BenchError
+from .errors import BenchError, TargetError
+from .load import Send
+from .options import DTYPES, torch_dtype
+from .server import Server
 
 PEERS = Path(__file__).resolve().parent.parent / ".peers"
-POLL_S = 0.1
+POLL_S = 0.05
 LOG_BYTES = 1 << 20
 STOP_S = 20.0
-
-
-class TargetError(Exception):
-    """One engine cannot be measured; the others can."""
+DYING_S = 2.0
+"""A process that dies closes its connections a moment before it is gone."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Launch:
     kv_bytes: int
 
 
+def _openai(address: Address, model: str) -> Send:
+    return Server(address, model, None, plain=False).send
+
+
 @dataclass(frozen=True)
 class Target:
     """One engine; `command` makes its arguments, `needs` must exist before it is tried."""
@@ -54,9 +64,23 @@ class Target:
     start_s: float = 60.0
     environment: Callable[[Launch], dict[str, str]] = field(default=lambda launch: {})
     needs: Path | None = None
+    best_dtype: Callable[[], str] = field(default=lambda: "bfloat16")
+    """What `auto` means."""
+    sender: Callable[[Address, str], Send] = _openai
+    """How the engine at an address is asked for a job by a model's name."""
+
+    def dtype(self, wanted: str) -> str:
+        """The format that the engine is told."""
+        return self.best_dtype() if wanted == "auto" else wanted
+
+
+def _native() -> str:
+    """bfloat16 where the CPU multiplies it, else float32."""
+    return next(name for name, dtype in DTYPES.items() if dtype == torch_dtype("auto"))
 
 
 def _kvlite(launch: Launch) -> list[str]:
+    # float32 is what it computes in; a 16-bit checkpoint keeps its 16 bits in memory.
     return [
         sys.executable, "-m", "kvlite.cli", "serve", str(launch.model), "--port", str(launch.port),
         "--dtype", launch.dtype, "--num-threads", str(launch.threads), "--max-model-len", str(launch.max_len),
@@ -91,14 +115,35 @@ def _vllm_environment(launch: Launch) -> dict[str, str]:
     }
 
 
+def _llamacpp(launch: Launch) -> list[str]:
+    # Its context is divided among the slots, one per sequence; prefixes beyond them it keeps in memory of its own.
+    return [
+        str(PEERS / "llamacpp/build/bin/llama-server"),
+        "--model", str(llamacpp.gguf(PEERS / "llamacpp", launch.model, launch.dtype)),
+        "--host", "127.0.0.1", "--port", str(launch.port), "--threads", str(launch.threads), "--no-webui",
+        "--parallel", str(launch.max_num_seqs), "--ctx-size", str(launch.max_num_seqs * launch.max_len),
+        "--cont-batching", "--flash-attn", "on",
+    ]  # fmt: skip
+
+
 TARGETS = {
     target.name: target
     for target in (
-        Target("kvlite", _kvlite),
-        Target("transformers", _transformers),
-        Target("vllm", _vllm, 240.0, _vllm_environment, PEERS / "vllm/bin/python"),
+        Target("kvlite", _kvlite, best_dtype=_native),
+        Target("transformers", _transformers, best_dtype=_native),
+        Target("vllm", _vllm, 240.0, _vllm_environment, PEERS / "vllm/complete"),
+        Target("llamacpp", _llamacpp, needs=PEERS / "llamacpp/complete", sender=llamacpp.sender),
     )
 }
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine that answers."""
+
+    address: Address
+    ready_s: float
+    """From its start to its first answer, the model loaded."""
 
 
 def free_port() -> int:
@@ -109,32 +154,42 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(target: Target, launch: Launch) -> Generator[Address]:
+def running(target: Target, launch: Launch) -> Generator[Started]:
     """The engine, started and answering; ended afterwards. Raises TargetError when it does not start."""
     if target.needs is not None and not target.needs.exists():
         raise TargetError("not installed: run `make peers`")
+    command = target.command(replace(launch, dtype=target.dtype(launch.dtype)))
     environment = {**os.environ, "OMP_NUM_THREADS": str(launch.threads), **target.environment(launch)}
     with tempfile.TemporaryFile("w+") as log:
+        start = time.monotonic()
         process = subprocess.Popen(
-            target.command(launch), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             address = Address.of(f"http://127.0.0.1:{launch.port}")
             _wait(target, process, address, lambda: reason(log.fileno()))
             try:
-                yield address
+                yield Started(address, time.monotonic() - start)
             except TargetError:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(DYING_S)
                 if process.poll() is None:
                     raise
             if process.poll() is not None:
                 raise TargetError(f"died with status {process.returncode}: {reason(log.fileno())}")
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server and whatever it started, so that nothing computes beside the next engine."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _wait(target: Target, process: subprocess.Popen[bytes], address: Address, said: Callable[[], str]) -> None:
