@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=100.0)
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of one request")
-    parser.add_argument("--save", action="store_true", help="also write bench/results/serve.json")
+    parser.add_argument("--label", help="names the result in place of the model: what is measured, like vllm")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/serve-MODEL-RUN.json")
     options = parser.parse_args(arguments)
     if options.workload == "w3" and (options.plain or options.trace is not None or options.concurrency):
         raise BenchError("--workload w3 has documents, which --plain, --trace and --concurrency leave no room for")
@@ -145,6 +147,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def result_name(options: argparse.Namespace, model: str) -> str:
+    """serve-MODEL-RUN, where RUN tells workload and arrivals: one file per question that was asked."""
+    run = f"trace-{options.trace.stem}" if options.trace is not None else options.workload
+    run += "-ramp" if options.ramp else "-poisson" if options.rate is not None else ""
+    return "serve-" + re.sub(r"[^\w.-]+", "-", f"{options.label or Path(model).name}-{run}")
+
+
 def main(arguments: list[str]) -> int:
     """Runs the load; the last line is one JSON object."""
     options = parse(arguments)
@@ -156,5 +165,5 @@ def main(arguments: list[str]) -> int:
     figures = origin() | {"url": str(address), "model": server.model} | objective
     room = max_len if isinstance(max_len, int) else workloads.LONGEST
     figures |= asyncio.run(run(server, options, room))
-    finish("serve", json.loads(json.dumps(figures)), options.save)
+    finish(result_name(options, server.model), json.loads(json.dumps(figures)), options.save)
     return 0

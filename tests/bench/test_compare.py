@@ -14,11 +14,11 @@ import pytest
 
 from kvlite.bench import compare, targets
 from kvlite.bench.client import Address
-from kvlite.bench.compare import GATE_TOKENS, Comparison, Plan, agreement, figure_of, one_round
-from kvlite.bench.errors import BenchError
+from kvlite.bench.compare import GATE_TOKENS, Comparison, Plan, agreement, figure_of, longest_request, one_round
+from kvlite.bench.errors import BenchError, TargetError
 from kvlite.bench.install_peers import requirements
 from kvlite.bench.metrics import Record
-from kvlite.bench.targets import Launch, Target, TargetError, free_port, running
+from kvlite.bench.targets import Launch, Started, Target, free_port, running
 from tests.bench.test_serve import FakeOpenAI, listening
 
 PLAN = Plan(["b1", "ttft_512"], vocab=100, seed=0, num_requests=4)
@@ -40,7 +40,7 @@ def launch() -> Launch:
 
 
 def test_ratios_above_one_say_that_the_first_engine_is_faster_whatever_the_unit() -> None:
-    comparison = Comparison([target("ours"), target("peer")])
+    comparison = Comparison([target("ours"), target("peer")], "auto")
     comparison.ids = {"ours": IDS, "peer": IDS}
     comparison.rounds = {
         "ours": [{"b1": 20.0, "ttft_512": 50.0}, {"b1": 40.0, "ttft_512": 50.0}, {"b1": 30.0, "ttft_512": 50.0}],
@@ -61,14 +61,14 @@ def turns(monkeypatch: pytest.MonkeyPatch, script: dict[str, Any]) -> tuple[Comp
         started.append(target.name)
         yield target.name
 
-    async def fake_round(name: Any, plan: Plan) -> Any:
+    async def fake_round(target: Target, name: Any, plan: Plan) -> Any:
         if isinstance(script[name], Exception):
             raise script[name]
         return script[name]
 
     monkeypatch.setattr(compare, "running", fake_running)
     monkeypatch.setattr(compare, "one_round", fake_round)
-    comparison = Comparison([target("ours"), target("peer")])
+    comparison = Comparison([target("ours"), target("peer")], "auto")
     for _ in range(2):
         for one in comparison.targets:
             comparison.turn(one, LAUNCH, PLAN)
@@ -125,11 +125,11 @@ def test_a_figure_is_made_of_what_the_client_saw() -> None:
 def test_a_round_asks_every_figure_of_a_server_in_the_wire_format() -> None:
     server = FakeOpenAI()
     with listening(server) as url:
-        ids, figures = asyncio.run(one_round(Address.of(url), PLAN))
+        ids, figures = asyncio.run(one_round(target("fake"), Started(Address.of(url), 1.5), PLAN))
     assert ids == [tuple(range(GATE_TOKENS))] * compare.GATE_PROMPTS
-    assert list(figures) == PLAN.figures
+    assert list(figures) == ["ready_s", *PLAN.figures]
     assert all(value > 0 for value in figures.values())
-    assert [(len(a["prompt"]), a["max_tokens"]) for a in server.asked[8:]] == [(64, 128)] * 2 + [(512, 1)] * 2
+    assert [(len(a["prompt"]), a["max_tokens"]) for a in server.asked[8:]] == [(64, 128)] * 2 + [(512, 1)] * 3
 
 
 def test_an_engine_that_is_not_installed_is_not_started(tmp_path: Path) -> None:
@@ -170,3 +170,28 @@ def test_the_requirements_of_a_wheel_leave_out_extras_and_torch(tmp_path: Path) 
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("a-1.dist-info/METADATA", "Name: a\n" + "".join(f"Requires-Dist: {x}\n" for x in lines))
     assert requirements(wheel) == ["regex", "torch-like<2"]
+
+
+def test_a_prompts_rate_counts_its_tokens_and_a_start_is_better_when_it_is_short() -> None:
+    assert figure_of("prefill", [Record(0.0, 0.0, [4.0], 1, end_s=4.0)]) == 512.0
+    comparison = Comparison([target("ours"), target("peer")], "auto")
+    comparison.ids = {"ours": IDS, "peer": IDS}
+    comparison.rounds = {"ours": [{"ready_s": 2.0}], "peer": [{"ready_s": 6.0}]}
+    found = comparison.figures(["ready_s"])
+    assert (found["ours_ready_s"], found["x_peer_ready_s"]) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("figures", ["b2", "ttft_", "ttft_0", ""])
+def test_what_is_no_figure_is_named(figures: str) -> None:
+    with pytest.raises(BenchError, match="--figures"):
+        longest_request([figures])
+    assert longest_request(["b1", "prefill", "ttft_100"]) == 2049
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [("--peers sglang", "'sglang' is none of"), ("--rounds 0", "--rounds 0"), ("--vocab 16", "--vocab 16")],
+)
+def test_a_bad_option_is_refused_by_name(arguments: str, complaint: str) -> None:
+    with pytest.raises(BenchError, match=complaint):
+        compare.parse(arguments.split())

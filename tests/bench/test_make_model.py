@@ -118,3 +118,10 @@ def test_a_bad_shape_is_one_clear_line(
     assert complaint in printed
     assert printed.count("\n") == 1
     assert not list(tmp_path.glob("m/*.safetensors"))
+
+
+def test_no_engine_finds_an_id_past_the_vocabulary(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    make_model.make(TINY, tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) <= TINY.vocab_size

@@ -16,7 +16,7 @@ import pytest
 from kvlite.bench.__main__ import main
 from kvlite.bench.client import Piece
 from kvlite.bench.metrics import Objective
-from kvlite.bench.serve import parse
+from kvlite.bench.serve import parse, result_name
 from kvlite.bench.server import ramp
 from kvlite.bench.workloads import Job
 from tests.bench.virtual import run_virtual
@@ -96,7 +96,7 @@ def test_a_closed_loop_ends_in_figures_that_add_up(
     with listening(server) as url:
         assert bench(monkeypatch, "--url", url, "--num-requests", "5", "--concurrency", "2") == 0
     figures = figures_of(capsys)
-    assert (figures["bench"], figures["model"], figures["gate_tokens"]) == ("serve", "fake", 8)
+    assert (figures["bench"], figures["model"], figures["gate_tokens"]) == ("serve-fake-w1", "fake", 8)
     run = figures["w1"]
     assert (run["requests"], run["errors"], run["output_tokens"], run["cached_tokens"]) == (5, 0, 5 * 64, 5 * 16)
     assert {"ttft_ms_p99", "tokens_per_s", "goodput_rps", "e2e_ms_p50"} <= set(run)
@@ -217,3 +217,17 @@ def test_a_ramp_ends_between_the_rates_that_a_server_of_known_capacity_holds_and
     assert found["saturation_rps"] == rates[-2]
     assert 5.0 < found["saturation_rps"] < 12.0 < rates[-1] * 1.2
     assert found["stages"][-1]["slo_share"] < 0.9 <= found["stages"][-2]["slo_share"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("--workload w2", "serve-qwen-w2"),
+        ("--workload w4 --rate 2 --ramp", "serve-qwen-w4-ramp"),
+        ("--rate 2 --label vllm", "serve-vllm-w1-poisson"),
+        ("--trace some/azure.csv --label a/b", "serve-a-b-trace-azure"),
+    ],
+)
+def test_every_question_has_a_result_of_its_own(arguments: str, name: str) -> None:
+    options = parse(["--url", "http://x", *arguments.split()])
+    assert result_name(options, "models/qwen") == name
