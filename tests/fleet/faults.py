@@ -15,17 +15,17 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvlite import RequestOptions, SamplingParams
-from kvlite.config import EngineConfig, setting_of
+from kvlite.config import EngineConfig
 from kvlite.errors import CapacityError, EngineClosedError, EngineError
 from kvlite.fleet.auth import FleetKey
 from kvlite.fleet.dial import Listener, listen
 from kvlite.fleet.effects import frame_name
 from kvlite.fleet.frontend import FleetEngine
-from kvlite.fleet.launcher import load_text_side
+from kvlite.fleet.launcher import load_text_side, worker_settings
 from kvlite.fleet.link_config import LinkConfig
 from kvlite.fleet.members import EngineState, Member
 from kvlite.fleet.messages import OWNER, FromWorker, Peers, Setup, Stats
@@ -265,17 +265,12 @@ class Yard:
             self.num_deaths += 1
 
     def _setup_of(self, engine: int) -> Setup:
-        config = {
-            item.name: getattr(self._config, item.name)
-            for item in fields(EngineConfig)
-            if not setting_of(item).server and not setting_of(item).secret
-        }
         owner = self._proxy((engine, OWNER, f"unix:{self._folder}/owner"), fresh=True)
         return Setup(
             engine=engine,
             owner=owner,
             listen="tcp:127.0.0.1:0" if self._kind == "tcp" else f"unix:{self._folder}/{self._name()}",
-            config=config,
+            config=worker_settings(self._config),
             heartbeat_s=HEARTBEAT_S,
             **self._setup,
         )

@@ -150,11 +150,7 @@ class Launcher:
 
     def _setup(self, engine: int) -> Setup:
         address = f"unix:{self._folder}/{engine}-{time.monotonic_ns():x}"
-        config = {
-            item.name: getattr(self._config, item.name)
-            for item in fields(EngineConfig)
-            if setting_of(item).scope in (Scope.ENGINE, Scope.ONLINE) and not setting_of(item).secret
-        }
+        config = worker_settings(self._config)
         known = self._fleet.pool_bytes(engine)
         if known is not None:
             config["kv_cache_bytes"] = known
@@ -293,3 +289,12 @@ def _fate(status: int | None) -> str:
     if status is None:
         return "does not answer"
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def worker_settings(config: EngineConfig) -> dict[str, Any]:
+    """The settings that a worker's engine takes from the fleet's: nothing of the API or the server, no secret."""
+    return {
+        item.name: getattr(config, item.name)
+        for item in fields(EngineConfig)
+        if setting_of(item).scope in (Scope.ENGINE, Scope.ONLINE) and not setting_of(item).secret
+    }
