@@ -10,6 +10,8 @@
 //!
 //! A product always adds the same lanes in the same order, so a row's result depends on that row alone.
 
+mod quads;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -33,8 +35,15 @@ const DOT: usize = 2;
 thread_local! {
     /// The caller's rows of x, as f32 and as bf16.
     static PACKED: RefCell<(Vec<f32>, Vec<bf16>)> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Buffers of one thread, kept between calls.
+#[derive(Default)]
+struct Scratch {
     /// A block of weights as f32.
-    static WIDENED: RefCell<Vec<f32>> = RefCell::default();
+    widened: Vec<f32>,
+    quads: quads::Scratch,
 }
 
 /// Arguments of `linear`. T rows, N outputs, K inputs.
@@ -72,7 +81,7 @@ pub fn linear<A: Element, W: Element>(
             } else {
                 let x = Packed::<_, LANES>::new(args, rows, exec.isa, wide);
                 exec.threads.run(pieces, work, |task| {
-                    WIDENED.with_borrow_mut(|widened| compute_piece(exec.isa, args, &x, piece(task), widened, out));
+                    SCRATCH.with_borrow_mut(|scratch| compute_piece(exec.isa, args, &x, piece(task), scratch, out));
                 });
             }
         }
@@ -132,7 +141,7 @@ struct Packed<'a, P, const C: usize> {
 
 impl<'a, P: Element, const C: usize> Packed<'a, P, C> {
     fn new<A: Element, W>(args: &Linear<'_, A, W>, rows: Range<usize>, isa: Isa, values: &'a mut Vec<P>) -> Self {
-        let group = if matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16) { 6 } else { 3 };
+        let group = if matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16) { 6 } else { quads::GROUP };
         let chunks = args.x.dim.div_ceil(C).max(1);
         values.clear();
         values.resize(rows.len() * chunks * C, P::default());
@@ -177,7 +186,7 @@ by_isa!(compute_piece<A, W> = piece_body(
     args: &Linear<'_, A, W>,
     x: &Packed<'_, f32, LANES>,
     piece: Range<usize>,
-    widened: &mut Vec<f32>,
+    scratch: &mut Scratch,
     out: &RowsMut<'_, A>,
 ));
 
@@ -186,10 +195,14 @@ fn piece_body<A: Element, W: Element, const FUSED: bool>(
     args: &Linear<'_, A, W>,
     x: &Packed<'_, f32, LANES>,
     piece: Range<usize>,
-    widened: &mut Vec<f32>,
+    scratch: &mut Scratch,
     out: &RowsMut<'_, A>,
 ) {
     let width = x.chunks * LANES;
+    if x.group == quads::GROUP && x.values.len() >= quads::FEWEST_ROWS * width {
+        return quads::compute::<A, W, FUSED>(args, x, piece, &mut scratch.quads, out);
+    }
+    let widened = &mut scratch.widened;
     let streams = piece.start..piece.start + piece.len().div_ceil(2);
     let block = (BLOCK_LEN / (2 * width)).max(1);
     let widens = W::as_f32(&[]).is_none() && x.values.len() > WIDEN_GROUPS * x.group * width;

@@ -81,6 +81,9 @@ fn check_shapes<A: Element, W: Element>(tolerance: f64) {
             }
         }
         Problem::<A, W>::new(14, 3000, 4, false).check(&exec, tolerance); // one pair of rows exceeds a block
+        for (rows, inputs, outputs) in [(12, 512, 6), (14, 513, 7), (13, 1030, 9)] {
+            Problem::<A, W>::new(rows, inputs, outputs, true).check(&exec, tolerance); // parts of K, ragged quads
+        }
     }
 }
 
@@ -105,7 +108,7 @@ fn check_law<A: Element, W: Element>() {
     for isa in Isa::available() {
         let alone = Exec { isa, threads: Threads::new(1) };
         let together = Exec { isa, threads: Threads::new(3) };
-        let all = Problem::<A, W>::new(40, 200, 150, true);
+        let all = Problem::<A, W>::new(40, 1100, 150, true);
         let out = all.run(&together);
         let stride = all.inputs + GAP;
         assert_eq!(bits(&all.run(&alone)), bits(&out), "{isa:?}: threads change bits");
