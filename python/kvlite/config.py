@@ -17,6 +17,8 @@ from typing import Any
 from kvlite.errors import ConfigError
 
 ENV_PREFIX = "KVLITE_"
+TIMEOUT_S_MAX = 1e6
+"""Of a request, and what stands for no limit: 11 days."""
 
 
 class Device(StrEnum):
@@ -165,7 +167,7 @@ class EngineConfig:
     )
     request_timeout_s: float = _setting(
         600.0, float, "time after which a request ends with reason timeout; lists and batch files have no such limit",
-        low=0.001, high=1e6, unit="s", scope=Scope.ONLINE,
+        low=0.001, high=TIMEOUT_S_MAX, unit="s", scope=Scope.ONLINE,
     )  # fmt: skip
     host: str = _setting("127.0.0.1", str, "address to listen on", scope=Scope.SERVER)
     port: int = _setting(8000, int, "port to listen on; 0 takes a free one", low=0, high=65535, scope=Scope.SERVER)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast, get_args, overload
 from weakref import WeakValueDictionary
 
-from kvlite.config import EngineConfig
+from kvlite.config import TIMEOUT_S_MAX, EngineConfig
 from kvlite.documents import DocumentState, StoredDocument
 from kvlite.engine_stream import EngineStream, Home
 from kvlite.errors import CapacityError, InvalidRequestError
@@ -22,10 +22,10 @@ from kvlite.interrupts import uninterrupted
 from kvlite.library import Library, check_made
 from kvlite.loop import Loop
 from kvlite.migration import How, MigrationReport, hand_over
-from kvlite.output import Collector
-from kvlite.progress import Bar, Throughput
+from kvlite.output import Collector, Throughput
+from kvlite.progress import Bar
 from kvlite.prompts import ChatPrompt, ChatPrompts, Part, Prompt, is_parts, is_single, of_prompt
-from kvlite.request import TIMEOUT_S_MAX, ValidatedRequest, validate
+from kvlite.request import ValidatedRequest, validate
 from kvlite.reuse_types import Document, EncodedPrompt, PrecomputeReport, Reuse, Segment
 from kvlite.startup import build
 from kvlite.tokenizer import Message
@@ -372,11 +372,9 @@ class Engine(Loop):
                 if isinstance(outcome, InvalidRequestError):
                     raise outcome if len(requests) == 1 else of_prompt(number, outcome)
                 collector = collectors.setdefault(number, Collector(requests[number]))
-                done.output_tokens += len(outcome.token_ids)
+                done.add(outcome)
                 if collector.push(outcome):
                     outputs[number] = collectors.pop(number).output()
-                    done.prompt_tokens += outputs[number].usage.prompt_tokens
-                    done.cached_tokens += outputs[number].usage.cached_tokens
                 bar.update(len(outputs), len(requests), done.note)
         return [outputs[number] for number in range(len(requests))]
 

@@ -1,11 +1,13 @@
 """`ChoiceOutput`: one choice on its way out: ids to text, stop strings, log-probabilities, deltas.
 
 Owns what was generated and what was shown of it. Text that may be the beginning of a stop string is held back, so no
-part of one is ever shown. Knows neither core nor device. Called by engine.py.
+part of one is ever shown. `Collector` and `Throughput` add deltas up: of one request, of many. Knows neither core nor
+device. Called by engine.py and its users.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from kvlite.request import ValidatedRequest
@@ -185,3 +187,38 @@ def unreadable(logprobs: TokenLogprobs) -> RawLogprobs:
     chosen, top = logprobs.chosen, logprobs.top
     ids, values = tuple(each.token_id for each in top), tuple(each.logprob for each in top)
     return RawLogprobs(chosen.token_id, chosen.logprob, chosen.rank, ids, values)
+
+
+class Throughput:
+    """Tokens of the requests of one run, since it was made: what their progress bar says beside their number."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.output_tokens = 0
+        self.prompt_tokens = 0
+        """Of requests that have ended, as `cached_tokens`."""
+        self.cached_tokens = 0
+        """Prompt tokens that were not computed: their KV came from the cache."""
+
+    def add(self, delta: Delta) -> None:
+        """Counts one delta of any request."""
+        self.output_tokens += len(delta.token_ids)
+        if delta.usage is not None:
+            self.prompt_tokens += delta.usage.prompt_tokens
+            self.cached_tokens += delta.usage.cached_tokens
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def saved_ratio(self) -> float:
+        """Share of the prompt tokens that came from the cache, 0 to 1."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def note(self) -> str:
+        """Rates over the whole run, and the share saved."""
+        seconds = max(self.seconds, 1e-9)
+        rates = f"{self.prompt_tokens / seconds:.0f} prompt + {self.output_tokens / seconds:.0f} output tokens/s"
+        return f"{rates}, {self.saved_ratio:.0%} of the prompts from the cache"

@@ -1,7 +1,7 @@
 """`Bar`: a progress bar of one line on stderr, for work that a person may wait for.
 
-Shown on a terminal, or when asked for; silent otherwise and for work that ends within half a second. `Throughput` is
-what the bar of many requests says beside their number. Called by Engine and by kvlite.batch.
+Shown on a terminal, or when asked for; silent otherwise and for work that ends within half a second. Called by Engine,
+kvlite.batch and the runner's graphs.
 """
 
 from __future__ import annotations
@@ -51,31 +51,3 @@ class Bar:
         if self._dirty:
             sys.stderr.write("\n")
             sys.stderr.flush()
-
-
-class Throughput:
-    """Tokens of the requests of one run, since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self.output_tokens = 0
-        self.prompt_tokens = 0
-        """Of requests that have ended, as `cached_tokens`."""
-        self.cached_tokens = 0
-        """Prompt tokens that were not computed: their KV came from the cache."""
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self._start
-
-    @property
-    def saved_ratio(self) -> float:
-        """Share of the prompt tokens that came from the cache, 0 to 1."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    def note(self) -> str:
-        """Rates over the whole run, and the share saved."""
-        seconds = max(self.seconds, 1e-9)
-        rates = f"{self.prompt_tokens / seconds:.0f} prompt + {self.output_tokens / seconds:.0f} output tokens/s"
-        return f"{rates}, {self.saved_ratio:.0%} of the prompts from the cache"

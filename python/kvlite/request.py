@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvlite.checks import check_integer, check_number
-from kvlite.config import EngineConfig
+from kvlite.config import TIMEOUT_S_MAX, EngineConfig
 from kvlite.documents import PUBLIC_TENANT
 from kvlite.errors import InvalidRequestError
 from kvlite.reuse import ReuseMethod, resolve
@@ -21,7 +21,6 @@ from kvlite.reuse_types import EncodedPrompt, Reuse, ReuseMode, SegmentSpan
 from kvlite.types import GenerationDefaults, RequestOptions, SamplingParams
 
 PRIORITY_LIMIT = 1_000_000
-TIMEOUT_S_MAX = 1e6
 TENANT_LIMIT = PUBLIC_TENANT - 1
 
 

@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "async_engine": ENGINE | {"documents", "output", "prompts", "readers"},
     "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "readers", "prompts", "runner", "startup"},
     "server": SERVING | {"fleet", "prompts"},
-    "batch": ENGINE | {"interrupts", "server", "startup"},
+    "batch": ENGINE | {"interrupts", "output", "server", "startup"},
     "chat": SERVING,
     "demo": SERVING | {"server"},
     "cli": SERVING | {"server", "batch", "chat", "demo", "fleet", "bench"},

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from kvlite.batch.sink import Sink
 from kvlite.batch.source import CHAT_URL, Entry, Line, Source, feeding_order
-from kvlite.config import EngineConfig
+from kvlite.config import TIMEOUT_S_MAX, EngineConfig
 from kvlite.engine import Engine
 from kvlite.errors import InvalidRequestError, KvliteError
-from kvlite.progress import Bar, Throughput
-from kvlite.request import TIMEOUT_S_MAX, ValidatedRequest
+from kvlite.output import Throughput
+from kvlite.progress import Bar
+from kvlite.request import ValidatedRequest
 from kvlite.server.answer import Answer
 from kvlite.server.calls import Calls, model_name
 from kvlite.server.failures import error_body, status_of
@@ -157,10 +158,7 @@ class _Run:
         if isinstance(outcome, InvalidRequestError):
             error = outcome
         else:
-            done.output_tokens += len(outcome.token_ids)
-            if outcome.usage is not None:
-                done.prompt_tokens += outcome.usage.prompt_tokens
-                done.cached_tokens += outcome.usage.cached_tokens
+            done.add(outcome)
             error = self._add(line, prompt, outcome)
         if error is not None and not line.has_ended:
             line.has_ended = True

@@ -1,9 +1,8 @@
 """`ModelRunner`: carries out one plan: block changes, places, forward pass, scores, logits of sampled rows, samples.
 
 Owns the KV pool, the sampler's tables, the reuse methods by number, the last token of every row and, on a GPU, the
-graphs of decode batches; decides nothing. A
-row without usable logits ends that row's request; an exception ends the plan, and the engine goes on. Called by
-engine.py once per step.
+graphs of decode batches; decides nothing. A row without usable logits ends that row's request; an exception ends the
+plan, and the engine goes on. Called by engine.py once per step.
 """
 
 from __future__ import annotations

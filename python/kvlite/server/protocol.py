@@ -92,9 +92,13 @@ class CompletionRequest:
     echo: bool
 
 
+def _fields(body: bytes | Json) -> Fields:
+    return Fields(parse_object(body) if isinstance(body, bytes) else body)
+
+
 def parse_chat(body: bytes | Json, limits: Limits, tenant: int = 0) -> ChatRequest:
     """Check a chat body of one tenant. Raises InvalidRequestError (400) or UnknownModelError (404)."""
-    fields = Fields(parse_object(body) if isinstance(body, bytes) else body)
+    fields = _fields(body)
     _check_model(fields, limits)
     messages = tuple(_message(entry) for entry, _ in fields.items("messages", MAX_MESSAGES))
     wanted = fields.flag("logprobs", False)
@@ -115,7 +119,7 @@ def parse_chat(body: bytes | Json, limits: Limits, tenant: int = 0) -> ChatReque
 
 def parse_completion(body: bytes | Json, limits: Limits, tenant: int = 0) -> CompletionRequest:
     """Check a completion body of one tenant. Raises InvalidRequestError (400) or UnknownModelError (404)."""
-    fields = Fields(parse_object(body) if isinstance(body, bytes) else body)
+    fields = _fields(body)
     _check_model(fields, limits)
     prompts = _prompts(fields, limits)
     echo = fields.flag("echo", False)

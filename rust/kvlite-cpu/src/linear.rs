@@ -8,7 +8,8 @@
 //!      second half  n + half ---->        w1 . x0  w1 . x1  w1 . x2     16 partial sums in each product
 //! ```
 //!
-//! A product always adds the same lanes in the same order, so a row's result depends on that row alone.
+//! From a dozen rows on, where a lane takes two registers, four weight rows meet x together (`quads`). A product always
+//! adds the same lanes in the same order, so a row's result depends on that row alone.
 
 mod quads;
 
