@@ -28,7 +28,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             found.push(Isa(Kind::Avx2));
-            if is_x86_feature_detected!("avx512f") {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 found.push(Isa(Kind::Avx512));
                 if is_x86_feature_detected!("avx512bf16") {
                     found.push(Isa(Kind::Avx512Bf16));
@@ -60,7 +60,7 @@ macro_rules! by_isa {
                 fn avx2<$($element: Element),+>($($arg: $type),*) {
                     $body::<$($element),+, true>($($arg),*);
                 }
-                #[target_feature(enable = "avx512f,avx2,fma")]
+                #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
                 fn avx512<$($element: Element),+>($($arg: $type),*) {
                     $body::<$($element),+, true>($($arg),*);
                 }

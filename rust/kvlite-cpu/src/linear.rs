@@ -30,6 +30,12 @@ const PIECE_ROWS: usize = 16;
 const BLOCK_LEN: usize = 4096;
 /// More groups than this share one widening of 16-bit weights; fewer widen them again in registers.
 const WIDEN_GROUPS: usize = 3;
+/// Most rows of x in a tile: with two weight rows their sums fill 12 of the 32 registers of AVX-512 ...
+const GROUP: usize = 6;
+/// ... or 24, where a product of two vectors is one instruction and takes its second from memory.
+const NATIVE_GROUP: usize = 12;
+/// Of a cache line: rows of x start at one, or every load of a whole register would touch two.
+const LINE_BYTES: usize = 64;
 /// Products of bf16 that one instruction adds to each lane.
 const DOT: usize = 2;
 
@@ -45,6 +51,8 @@ struct Scratch {
     /// A block of weights as f32.
     widened: Vec<f32>,
     quads: quads::Scratch,
+    /// Products of a piece before they are rounded, [rows, weight rows].
+    sums: Vec<f32>,
 }
 
 /// Arguments of `linear`. T rows, N outputs, K inputs.
@@ -78,7 +86,9 @@ pub fn linear<A: Element, W: Element>(
             let piece = |task| outputs * task / pieces..outputs * (task + 1) / pieces;
             if native {
                 let x = Packed::<_, { DOT * LANES }>::new(args, rows, exec.isa, narrow);
-                exec.threads.run(pieces, work, |task| compute_native(args, &x, piece(task), out));
+                exec.threads.run(pieces, work, |task| {
+                    SCRATCH.with_borrow_mut(|scratch| compute_native(args, &x, piece(task), &mut scratch.sums, out));
+                });
             } else {
                 let x = Packed::<_, LANES>::new(args, rows, exec.isa, wide);
                 exec.threads.run(pieces, work, |task| {
@@ -142,10 +152,18 @@ struct Packed<'a, P, const C: usize> {
 
 impl<'a, P: Element, const C: usize> Packed<'a, P, C> {
     fn new<A: Element, W>(args: &Linear<'_, A, W>, rows: Range<usize>, isa: Isa, values: &'a mut Vec<P>) -> Self {
-        let group = if matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16) { 6 } else { quads::GROUP };
+        let group = match isa.0 {
+            // Groups of one size: the last one's weights come from a cache, but its few sums would wait for each other.
+            Kind::Avx512Bf16 if C > LANES => rows.len().div_ceil(rows.len().div_ceil(NATIVE_GROUP)),
+            Kind::Avx512 | Kind::Avx512Bf16 => GROUP,
+            Kind::Avx2 | Kind::Portable => quads::GROUP,
+        };
         let chunks = args.x.dim.div_ceil(C).max(1);
+        let len = rows.len() * chunks * C;
         values.clear();
-        values.resize(rows.len() * chunks * C, P::default());
+        values.resize(len + C, P::default());
+        let aligned = values.as_ptr().align_offset(LINE_BYTES).min(C);
+        let values = &mut values[aligned..][..len];
         for (i, row) in rows.clone().enumerate() {
             let start = i / group * group; // first row of its group
             let members = group.min(rows.len() - start);
@@ -169,16 +187,32 @@ impl<'a, P: Element, const C: usize> Packed<'a, P, C> {
     }
 }
 
-/// `$tile::<$types, R>(...)` with R = `$rows`, 1 to 6.
+/// `$tile::<$types, R, FUSED>(...)` with R = `$rows`, 1 to GROUP; `$tile::<R>(...)` with R 1 to NATIVE_GROUP.
 macro_rules! by_rows {
-    ($rows:expr, $tile:ident < $($types:ty),+ > $(, $fused:expr)? => $arguments:tt) => {
+    ($rows:expr, $tile:ident < $($types:ty),+ > => $arguments:tt) => {
         match $rows {
-            1 => $tile::<$($types),+, 1 $(, $fused)?> $arguments,
-            2 => $tile::<$($types),+, 2 $(, $fused)?> $arguments,
-            3 => $tile::<$($types),+, 3 $(, $fused)?> $arguments,
-            4 => $tile::<$($types),+, 4 $(, $fused)?> $arguments,
-            5 => $tile::<$($types),+, 5 $(, $fused)?> $arguments,
-            _ => $tile::<$($types),+, 6 $(, $fused)?> $arguments,
+            1 => $tile::<$($types),+, 1, FUSED> $arguments,
+            2 => $tile::<$($types),+, 2, FUSED> $arguments,
+            3 => $tile::<$($types),+, 3, FUSED> $arguments,
+            4 => $tile::<$($types),+, 4, FUSED> $arguments,
+            5 => $tile::<$($types),+, 5, FUSED> $arguments,
+            _ => $tile::<$($types),+, GROUP, FUSED> $arguments,
+        }
+    };
+    ($rows:expr, $tile:ident => $arguments:tt) => {
+        match $rows {
+            1 => $tile::<1> $arguments,
+            2 => $tile::<2> $arguments,
+            3 => $tile::<3> $arguments,
+            4 => $tile::<4> $arguments,
+            5 => $tile::<5> $arguments,
+            6 => $tile::<6> $arguments,
+            7 => $tile::<7> $arguments,
+            8 => $tile::<8> $arguments,
+            9 => $tile::<9> $arguments,
+            10 => $tile::<10> $arguments,
+            11 => $tile::<11> $arguments,
+            _ => $tile::<NATIVE_GROUP> $arguments,
         }
     };
 }
@@ -222,10 +256,10 @@ fn piece_body<A: Element, W: Element, const FUSED: bool>(
                 let pair = args.pair(n, &piece);
                 if widens {
                     let (w0, w1) = widened[(n - block.start) * 2 * width..][..2 * width].split_at(width);
-                    by_rows!(rows, tile<A, W, f32>, FUSED => (args, pair, [w0, w1], x, first, out));
+                    by_rows!(rows, tile<A, W, f32> => (args, pair, [w0, w1], x, first, out));
                 } else {
                     let weights = pair.map(|n| args.weight.row(n));
-                    by_rows!(rows, tile<A, W, W>, FUSED => (args, pair, weights, x, first, out));
+                    by_rows!(rows, tile<A, W, W> => (args, pair, weights, x, first, out));
                 }
             }
         }
@@ -275,80 +309,136 @@ fn compute_native<A: Element, W: Element>(
     args: &Linear<'_, A, W>,
     x: &Packed<'_, bf16, { DOT * LANES }>,
     piece: Range<usize>,
+    sums: &mut Vec<f32>,
     out: &RowsMut<'_, A>,
 ) {
+    let (first, rows) = (x.first, x.values.len() / (x.chunks * DOT * LANES));
+    sums.resize(rows * piece.len(), 0.0);
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the caller's `Isa` says that the instructions were found.
     #[allow(unsafe_code)]
     unsafe {
-        native::piece(args, x, piece, out);
+        native::piece(args, x, &piece, sums);
     }
     #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("the instruction set does not exist here: {piece:?} {} {}", args.x.rows + out.rows, x.chunks);
+    unreachable!("the instruction set does not exist here");
+    for (row, sums) in sums.chunks_exact_mut(piece.len()).enumerate() {
+        for (sum, bias) in sums.iter_mut().zip(args.bias.map_or(&[][..], |bias| &bias[piece.clone()])) {
+            *sum += bias.to_f32();
+        }
+        // SAFETY: tasks have distinct ranges of outputs.
+        #[allow(unsafe_code)]
+        unsafe {
+            out.write_heads(first + row, piece.clone(), |n| A::from_f32(sums[n]));
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod native {
-    use std::arch::x86_64::{__m512bh, _mm512_dpbf16_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+    use std::arch::x86_64::*;
 
-    use super::*;
+    use super::{DOT, Element, LANES, Linear, NATIVE_GROUP, Packed, Range, bf16};
 
     type Pairs = [bf16; DOT * LANES];
+    /// Sums across lanes are made so many at a time.
+    const SUMS: usize = 8;
+    /// From so many rows on, products of one line of weights take long enough that the processor does not look past the end
+    /// of a page by itself.
+    const FEWEST_FETCHING: usize = 1;
+    /// Bytes between a weight and the one that is fetched meanwhile.
+    const AHEAD: usize = 4096;
 
-    #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+    /// `sums` [rows of x, weight rows of the piece].
+    #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
     pub(super) fn piece<A: Element, W: Element>(
         args: &Linear<'_, A, W>,
         x: &Packed<'_, bf16, { DOT * LANES }>,
-        piece: Range<usize>,
-        out: &RowsMut<'_, A>,
+        piece: &Range<usize>,
+        sums: &mut [f32],
     ) {
         for n in piece.start..piece.start + piece.len().div_ceil(2) {
-            let pair = args.pair(n, &piece);
+            let pair = args.pair(n, piece);
             let weights = pair.map(|n| W::as_bf16(args.weight.row(n)).expect("the weights are bf16"));
-            for (first, rows, x) in x.groups() {
-                by_rows!(rows, tile<A, W> => (args, pair, weights, x, first, out));
+            for (first, rows, x_group) in x.groups() {
+                let target = &mut sums[(first - x.first) * piece.len()..][..rows * piece.len()];
+                let pair = pair.map(|n| n - piece.start);
+                by_rows!(rows, tile => (weights, x_group, target, pair));
             }
         }
     }
 
-    #[target_feature(enable = "avx512bf16,avx512f,avx2,fma")]
+    /// Two weight rows times a group of `R` rows of x; `target` [R, outputs], of which `pair` are written.
+    #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
     #[inline]
-    fn tile<A: Element, W: Element, const R: usize>(
-        args: &Linear<'_, A, W>,
-        pair: [usize; 2],
-        weights: [&[bf16]; 2],
-        x: &[Pairs],
-        first: usize,
-        out: &RowsMut<'_, A>,
-    ) {
+    fn tile<const R: usize>(weights: [&[bf16]; 2], x: &[Pairs], target: &mut [f32], pair: [usize; 2]) {
         let (x, _) = x.as_chunks::<R>();
         let [(w0, tail0), (w1, tail1)] = weights.map(<[bf16]>::as_chunks);
         let mut acc = [[_mm512_setzero_ps(); R]; 2];
-        let mut add = |x: &[Pairs; R], w: [&Pairs; 2]| {
-            for (acc, w) in acc.iter_mut().zip(w) {
-                for (acc, x) in acc.iter_mut().zip(x) {
-                    *acc = _mm512_dpbf16_ps(*acc, load(w), load(x));
-                }
+        let mut add = |x: &[Pairs; R], w: [__m512bh; 2]| {
+            for r in 0..R {
+                acc[0][r] = _mm512_dpbf16_ps(acc[0][r], w[0], load(&x[r]));
+                acc[1][r] = _mm512_dpbf16_ps(acc[1][r], w[1], load(&x[r]));
             }
         };
         for ((x, w0), w1) in x.iter().zip(w0).zip(w1) {
-            add(x, [w0, w1]);
+            if R >= FEWEST_FETCHING {
+                fetch(w0);
+                fetch(w1);
+            }
+            add(x, [load(w0), load(w1)]);
         }
         if let Some(x) = x.get(w0.len()) {
-            add(x, [&padded(tail0), &padded(tail1)]);
+            add(x, [load(&padded(tail0)), load(&padded(tail1))]);
         }
-        let sums = acc.map(|row| {
-            row.map(|acc| {
-                let mut lanes = [0.0; LANES];
-                // SAFETY: the target holds 16 lanes.
-                #[allow(unsafe_code)]
-                unsafe {
-                    _mm512_storeu_ps(lanes.as_mut_ptr(), acc);
+        let outputs = target.len() / R;
+        for (acc, n) in acc.iter().zip(pair) {
+            for (part, acc) in acc.chunks(SUMS).enumerate() {
+                let sums = sums_of(std::array::from_fn(|i| acc.get(i).copied().unwrap_or(_mm512_setzero_ps())));
+                for (r, sum) in sums.into_iter().take(acc.len()).enumerate() {
+                    target[(part * SUMS + r) * outputs + n] = sum;
                 }
-                sum(lanes)
-            })
+            }
+        }
+    }
+
+    /// The sum of each one's lanes, bit by bit as `sum` makes it: halves are added, of several vectors at once.
+    #[target_feature(enable = "avx512f,avx512vl,avx2")]
+    #[inline]
+    fn sums_of(acc: [__m512; SUMS]) -> [f32; SUMS] {
+        // This order comes out as 0 .. 7.
+        let [a, b, c, d, e, f, g, h] = [0, 4, 1, 5, 2, 6, 3, 7].map(|i: usize| {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(acc[i])));
+            _mm256_add_ps(_mm512_castps512_ps256(acc[i]), high)
         });
-        args.write(sums, pair, first, out);
+        let quarters = |a, b| {
+            _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+        };
+        let eighths = |a, b| {
+            let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+            _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
+        };
+        let (low, high) = (eighths(quarters(a, b), quarters(c, d)), eighths(quarters(e, f), quarters(g, h)));
+        let even = _mm256_shuffle_ps::<0b10_00_10_00>(low, high);
+        let odd = _mm256_shuffle_ps::<0b11_01_11_01>(low, high);
+        let mut sums = [0.0; SUMS];
+        // SAFETY: the target holds 8 lanes.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(even, odd));
+        }
+        sums
+    }
+
+    /// Asks for what the stream of `weights` reads `AHEAD` later; it may lie past the end.
+    #[inline(always)]
+    fn fetch(weights: &Pairs) {
+        let address = weights.as_ptr().wrapping_byte_add(AHEAD);
+        // SAFETY: a prefetch touches no memory that the program can see, at any address.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        }
     }
 
     #[inline(always)]

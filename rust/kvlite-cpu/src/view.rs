@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::{Element, Error};
 
@@ -112,6 +113,22 @@ impl<'a, E: Element> RowsMut<'a, E> {
         let out = unsafe {
             std::slice::from_raw_parts_mut(self.values.add(row * self.row_stride + head * self.dim), self.dim)
         };
+        for (i, element) in out.iter_mut().enumerate() {
+            *element = value(i);
+        }
+    }
+
+    /// Writes `value(0..)` to a run of heads of one row.
+    ///
+    /// # Safety
+    /// No other thread touches these heads of the row during the call.
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    pub(crate) unsafe fn write_heads(&self, row: usize, heads: Range<usize>, value: impl Fn(usize) -> E) {
+        assert!(row < self.rows && heads.start <= heads.end && heads.end <= self.heads);
+        let (start, len) = (row * self.row_stride + heads.start * self.dim, heads.len() * self.dim);
+        // SAFETY: as in `write_head`.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.values.add(start), len) };
         for (i, element) in out.iter_mut().enumerate() {
             *element = value(i);
         }
