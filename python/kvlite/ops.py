@@ -6,6 +6,7 @@ imported when its backend is selected and never before. Called by `layers` and `
 
 import importlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,10 +17,11 @@ from torch import Tensor
 
 Backend = Literal["reference", "triton", "cpu"]
 
-FEW_ROWS = 32
-"""Most rows of fp32 that the Rust product is for: half the time of MKL at 8 rows, the same at 32 (Zen 3, AVX2)."""
-FEW_HALF_ROWS = 16
-"""The same for 16-bit rows, which oneDNN multiplies with the matrix units of newer machines."""
+FEW_ROWS = (8, 16, 24, 32)
+"""Most rows that the Rust product may be for, ascending; `_few_rows` measures which. After 32 it reads W again."""
+CROSSING_SHAPE = (2048, 1024)
+"""Outputs and inputs of the weight that finds it: some megabytes, as those of a layer."""
+CROSSING_REPEATS = 7
 WIDENED_ROWS = 512
 """Rows of a 16-bit matrix that are widened at once for many fp32 rows: a few megabytes, still in a cache when used."""
 
@@ -120,11 +122,22 @@ def _triton() -> Ops:
 _DTYPE_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+_ARRAY = "_kvlite_array"
+
+
 def _array(x: Tensor) -> npt.NDArray[Any]:
-    """A numpy view of the same memory; 16-bit floats as uint16, because numpy has no bfloat16."""
-    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
-        return x.view(torch.uint16).numpy()
-    return x.numpy()
+    """A numpy view of the same memory; 16-bit floats as uint16, because numpy has no bfloat16.
+
+    Kept with the tensor: a decode step asks a thousand times for the views of the same weights and buffers, and making
+    one costs as much as a call down. A tensor whose memory is exchanged (`set_`, `resize_`) must not come here.
+    """
+    found: npt.NDArray[Any] | None = getattr(x, _ARRAY, None)
+    if found is None:
+        # The view is a tensor of its own, so that the array does not keep `x` alive in a cycle.
+        is_half = x.dtype == torch.bfloat16 or x.dtype == torch.float16
+        found = x.view(torch.uint16).numpy() if is_half else x.detach().numpy()
+        setattr(x, _ARRAY, found)
+    return found
 
 
 class _RustKernels:
@@ -161,15 +174,15 @@ class _RustKernels:
             _array(q),
             _array(k_cache),
             _array(v_cache),
-            block_table.numpy(),
-            query_start.numpy(),
-            context_len.numpy(),
-            seq_row.numpy(),
-            last_key.numpy(),
+            _array(block_table),
+            _array(query_start),
+            _array(context_len),
+            _array(seq_row),
+            _array(last_key),
             scale,
             window,
             _array(out),
-            lse.numpy(),
+            _array(lse),
             _DTYPE_NAME[q.dtype],
         )
 
@@ -189,25 +202,25 @@ class _RustKernels:
         if not 0 <= start <= end:
             raise ValueError(f"key range [{start}, {end}) must start at 0 or later and not end before it starts")
         mass = torch.empty(end - start, dtype=torch.float32)
-        table, row, last = block_table_row.numpy(), rows.numpy(), last_key.numpy()
+        table, row, last = _array(block_table_row), _array(rows), _array(last_key)
         dtype = _DTYPE_NAME[q.dtype]
         self._key_mass(
-            _array(q), lse.numpy(), _array(k_cache), table, row, last, start, end, scale, mass.numpy(), dtype
+            _array(q), _array(lse), _array(k_cache), table, row, last, start, end, scale, _array(mass), dtype
         )
         return mass
 
     def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         """As `kernels/store_kv/reference.py`."""
-        slots = slot_mapping.numpy()
+        slots = _array(slot_mapping)
         self._store_kv(_array(k), _array(v), _array(k_cache), _array(v_cache), slots, _DTYPE_NAME[k.dtype])
 
     def place_kv(
         self, kv_pool: Tensor, source_slot: Tensor, target_slot: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
     ) -> None:
         """As `kernels/place_kv/reference.py`."""
-        slots = source_slot.numpy(), target_slot.numpy()
+        slots = _array(source_slot), _array(target_slot)
         dtype = _DTYPE_NAME[kv_pool.dtype]
-        self._place_kv(_array(kv_pool), *slots, positions.numpy(), cos.numpy(), sin.numpy(), dtype)
+        self._place_kv(_array(kv_pool), *slots, _array(positions), _array(cos), _array(sin), dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """As `kernels/linear/reference.py`; a row's bits depend on that row alone."""
@@ -224,11 +237,42 @@ class _RustKernels:
 
     def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
         """As `kernels/rope/reference.py`."""
-        self._rope(_array(q), _array(k), positions.numpy(), cos.numpy(), sin.numpy(), _DTYPE_NAME[q.dtype])
+        self._rope(_array(q), _array(k), _array(positions), _array(cos), _array(sin), _DTYPE_NAME[q.dtype])
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """As `kernels/silu_mul/reference.py`."""
         self._silu_mul(_array(gate_up), _array(out), _DTYPE_NAME[out.dtype])
+
+
+_crossings: dict[tuple[torch.dtype, torch.dtype], int] = {}
+"""What `_few_rows` found for formats of rows and weights: one per process, so that its engines compute alike."""
+
+
+@torch.inference_mode()
+def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many: LinearOp) -> int:
+    """The most rows of FEW_ROWS for which `few` is not slower than `many`, with the threads that there are now.
+
+    The crossing depends on the machine: some multiply matrices with units of their own, some have no 16-bit products.
+    Costs some tens of milliseconds, once for each pair of formats.
+    """
+    weight = torch.randn(CROSSING_SHAPE, generator=torch.Generator().manual_seed(0)).to(weight_dtype)
+
+    def best_s(multiply: LinearOp, num_rows: int) -> float:
+        x = torch.ones(num_rows, weight.shape[1], dtype=dtype)
+        out = torch.empty(num_rows, weight.shape[0], dtype=dtype)
+        times: list[float] = []
+        for _ in range(CROSSING_REPEATS):
+            # As in a layer, where Rust ops come between two products: torch's workers have gone to sleep meanwhile.
+            few(x[:1], weight, None, out[:1])
+            start = time.perf_counter()
+            multiply(x, weight, None, out)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    for num_rows in reversed(FEW_ROWS[1:]):
+        if best_s(few, num_rows) <= best_s(many, num_rows):
+            return num_rows
+    return FEW_ROWS[0]
 
 
 def _cpu() -> Ops:
@@ -242,9 +286,16 @@ def _cpu() -> Ops:
         ) from error
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if x.shape[0] <= (FEW_ROWS if x.dtype == torch.float32 else FEW_HALF_ROWS):
+        num_rows, dtypes = x.shape[0], (x.dtype, weight.dtype)
+        if FEW_ROWS[0] < num_rows <= FEW_ROWS[-1] and dtypes not in _crossings:
+            _crossings[dtypes] = _few_rows(*dtypes, rust.linear, many_rows)
+        if num_rows <= _crossings.get(dtypes, FEW_ROWS[0]):
             rust.linear(x, weight, bias, out)
-        elif weight.dtype == x.dtype:
+        else:
+            many_rows(x, weight, bias, out)
+
+    def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if weight.dtype == x.dtype:
             reference.linear(x, weight, bias, out)
         else:
             for start in range(0, weight.shape[0], WIDENED_ROWS):

@@ -1,15 +1,18 @@
 """Products with weights: against float64 in every format, biased, strided; which form the cpu backend takes when."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from kvlite.ops import FEW_HALF_ROWS, FEW_ROWS, WIDENED_ROWS, Ops
+from kvlite import ops as ops_module
+from kvlite.ops import FEW_ROWS, WIDENED_ROWS, LinearOp, Ops, select
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.paged import poison
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ROWS = [1, 3, FEW_HALF_ROWS, FEW_HALF_ROWS + 1, FEW_ROWS, FEW_ROWS + 1]
+ROWS = [1, 3, *FEW_ROWS, FEW_ROWS[-1] + 1]
 WIDE = 2 * WIDENED_ROWS + 37
 FORMATS = [(x, w) for x in ROUNDING for w in ROUNDING if x in (w, torch.float32)]
 
@@ -53,19 +56,21 @@ def test_the_invariant_form_gives_a_row_the_same_bits_alone_and_among_others(
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_many_fp32_rows_take_wide_16_bit_weights_piece_by_piece(ops: Ops, device: torch.device, biased: bool) -> None:
-    x, weight = numbers(FEW_ROWS + 1, 24).to(device), numbers(WIDE, 24, dtype=torch.bfloat16).to(device)
+    x, weight = numbers(FEW_ROWS[-1] + 1, 24).to(device), numbers(WIDE, 24, dtype=torch.bfloat16).to(device)
     bias = numbers(WIDE, dtype=torch.bfloat16).to(device) if biased else None
-    out = poison(FEW_ROWS + 1, WIDE, dtype=torch.float32).to(device)
+    out = poison(FEW_ROWS[-1] + 1, WIDE, dtype=torch.float32).to(device)
     ops.linear(x, weight, bias, out)
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     np.testing.assert_allclose(out.cpu().double(), expected.cpu(), rtol=1e-6, atol=2e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, FEW_ROWS), (torch.bfloat16, FEW_HALF_ROWS)], ids=str)
-def test_few_rows_take_the_invariant_form_and_no_more(dtype: torch.dtype, most: int) -> None:
-    from kvlite.ops import select
-
+@pytest.mark.parametrize("most", FEW_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_take_the_invariant_form_and_no_more(
+    dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops_module, "_crossings", {(dtype, dtype): most})
     cpu, reference = select(torch.device("cpu"), "cpu"), select(torch.device("cpu"), "reference")
     assert cpu.invariant_linear is not None
     weight = numbers(256, 1000, dtype=dtype)
@@ -75,3 +80,20 @@ def test_few_rows_take_the_invariant_form_and_no_more(dtype: torch.dtype, most: 
         cpu.linear(x, weight, None, out)
         form(x, weight, None, expected)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
+@pytest.mark.parametrize("crossing", FEW_ROWS)
+def test_the_crossing_is_where_the_other_form_becomes_faster(crossing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def costing(seconds_of: Callable[[int], float]) -> LinearOp:
+        def multiply(x: torch.Tensor, *_others: torch.Tensor | None) -> None:
+            nonlocal clock
+            clock += seconds_of(x.shape[0])
+
+        return multiply
+
+    monkeypatch.setattr("kvlite.ops.time.perf_counter", lambda: clock)
+    few, many = costing(float), costing(lambda num_rows: crossing + 0.5)
+    assert ops_module._few_rows(torch.float32, torch.float32, few, many) == crossing

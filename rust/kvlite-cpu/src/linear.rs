@@ -343,11 +343,13 @@ mod native {
     type Pairs = [bf16; DOT * LANES];
     /// Sums across lanes are made so many at a time.
     const SUMS: usize = 8;
-    /// From so many rows on, products of one line of weights take long enough that the processor does not look past the end
-    /// of a page by itself.
-    const FEWEST_FETCHING: usize = 1;
-    /// Bytes between a weight and the one that is fetched meanwhile.
+    /// Bytes between a weight and the one that is fetched meanwhile, at least: the processor does not look past the end of
+    /// a page by itself.
     const AHEAD: usize = 4096;
+    /// Pairs of weight rows that meet a part of x while it is in the first-level cache.
+    const BLOCK: usize = 4;
+    /// Cache lines of x in a part: half of a first-level cache.
+    const PART_LINES: usize = 448;
 
     /// `sums` [rows of x, weight rows of the piece].
     #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
@@ -357,36 +359,66 @@ mod native {
         piece: &Range<usize>,
         sums: &mut [f32],
     ) {
-        for n in piece.start..piece.start + piece.len().div_ceil(2) {
-            let pair = args.pair(n, piece);
-            let weights = pair.map(|n| W::as_bf16(args.weight.row(n)).expect("the weights are bf16"));
+        let streams = piece.start..piece.start + piece.len().div_ceil(2);
+        let parts = (x.group * x.chunks).div_ceil(PART_LINES);
+        let part = x.chunks.div_ceil(parts);
+        // What fits the cache whole needs no second look at the weights.
+        let block = if x.values.len() <= PART_LINES * DOT * LANES { 1 } else { BLOCK };
+        let ahead = AHEAD.max(if block == 1 { 0 } else { block * args.weight.dim * size_of::<bf16>() });
+        let mut waiting = [[_mm512_setzero_ps(); 2 * NATIVE_GROUP]; BLOCK];
+        for start in streams.clone().step_by(block) {
+            let block = start..streams.end.min(start + block);
             for (first, rows, x_group) in x.groups() {
                 let target = &mut sums[(first - x.first) * piece.len()..][..rows * piece.len()];
-                let pair = pair.map(|n| n - piece.start);
-                by_rows!(rows, tile => (weights, x_group, target, pair));
+                for chunks in (0..x.chunks).step_by(part).map(|start| start..x.chunks.min(start + part)) {
+                    for (n, acc) in block.clone().zip(&mut waiting) {
+                        let pair = args.pair(n, piece);
+                        let weights = pair.map(|n| W::as_bf16(args.weight.row(n)).expect("the weights are bf16"));
+                        let pair = pair.map(|n| n - piece.start);
+                        by_rows!(rows, tile => (weights, x_group, chunks.clone(), ahead, acc, target, pair));
+                    }
+                }
             }
         }
     }
 
     /// Two weight rows times a group of `R` rows of x; `target` [R, outputs], of which `pair` are written.
+    ///
+    /// Of a part of the chunks only: sums wait in `waiting` between two parts.
     #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
     #[inline]
-    fn tile<const R: usize>(weights: [&[bf16]; 2], x: &[Pairs], target: &mut [f32], pair: [usize; 2]) {
+    fn tile<const R: usize>(
+        weights: [&[bf16]; 2],
+        x: &[Pairs],
+        chunks: Range<usize>,
+        ahead: usize,
+        waiting: &mut [__m512; 2 * NATIVE_GROUP],
+        target: &mut [f32],
+        pair: [usize; 2],
+    ) {
         let (x, _) = x.as_chunks::<R>();
         let [(w0, tail0), (w1, tail1)] = weights.map(<[bf16]>::as_chunks);
         let mut acc = [[_mm512_setzero_ps(); R]; 2];
+        if chunks.start > 0 {
+            acc[0].copy_from_slice(&waiting[..R]);
+            acc[1].copy_from_slice(&waiting[R..2 * R]);
+        }
         let mut add = |x: &[Pairs; R], w: [__m512bh; 2]| {
             for r in 0..R {
                 acc[0][r] = _mm512_dpbf16_ps(acc[0][r], w[0], load(&x[r]));
                 acc[1][r] = _mm512_dpbf16_ps(acc[1][r], w[1], load(&x[r]));
             }
         };
-        for ((x, w0), w1) in x.iter().zip(w0).zip(w1) {
-            if R >= FEWEST_FETCHING {
-                fetch(w0);
-                fetch(w1);
-            }
+        let whole = chunks.start..chunks.end.min(w0.len());
+        for ((x, w0), w1) in x[whole.clone()].iter().zip(&w0[whole.clone()]).zip(&w1[whole]) {
+            fetch(w0, ahead);
+            fetch(w1, ahead);
             add(x, [load(w0), load(w1)]);
+        }
+        if chunks.end < x.len() {
+            waiting[..R].copy_from_slice(&acc[0]);
+            waiting[R..2 * R].copy_from_slice(&acc[1]);
+            return;
         }
         if let Some(x) = x.get(w0.len()) {
             add(x, [load(&padded(tail0)), load(&padded(tail1))]);
@@ -411,9 +443,7 @@ mod native {
             let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(acc[i])));
             _mm256_add_ps(_mm512_castps512_ps256(acc[i]), high)
         });
-        let quarters = |a, b| {
-            _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
-        };
+        let quarters = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
         let eighths = |a, b| {
             let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
             _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
@@ -430,10 +460,10 @@ mod native {
         sums
     }
 
-    /// Asks for what the stream of `weights` reads `AHEAD` later; it may lie past the end.
+    /// Asks for what the stream of `weights` reads `ahead` bytes later; it may lie past the end.
     #[inline(always)]
-    fn fetch(weights: &Pairs) {
-        let address = weights.as_ptr().wrapping_byte_add(AHEAD);
+    fn fetch(weights: &Pairs, ahead: usize) {
+        let address = weights.as_ptr().wrapping_byte_add(ahead);
         // SAFETY: a prefetch touches no memory that the program can see, at any address.
         #[allow(unsafe_code)]
         unsafe {

@@ -1,11 +1,14 @@
 //! `rms_norm` and `add_rms_norm`: every head of every row over its root mean square, with the residual added first or not.
 //!
 //! Twin of `kernels/rms_norm`: fp32 inside, rounded where the reference rounds. Rows may be views into a QKV matrix and may be
-//! written in place, hence cells; hence one thread, which for the kilobytes of a decode step is right anyway.
+//! written in place, hence cells.
+
+use std::ops::Range;
 
 use crate::error::expect_len;
 use crate::isa::by_isa;
 use crate::lanes::{LANES, Lane, fma, sum};
+use crate::view::ByRow;
 use crate::{Element, Error, Exec, RowsCells};
 
 /// out = weight * round(x / sqrt(mean(x^2) + eps)) for every head of every row; `x` and `out` [T, H, D] may be one.
@@ -20,7 +23,9 @@ pub fn rms_norm<E: Element>(
 ) -> Result<(), Error> {
     check(&[("out", out, x.shape())])?;
     expect_len("length of weight", weight.len(), x.dim)?;
-    norm(exec.isa, x, None, weight, eps, out);
+    ByRow::new([*x, *out]).run(&exec.threads, work(x), |rows, [x, out]| {
+        norm(exec.isa, x, None, weight, eps, out, rows);
+    });
     Ok(())
 }
 
@@ -37,8 +42,14 @@ pub fn add_rms_norm<E: Element>(
 ) -> Result<(), Error> {
     check(&[("residual", residual, x.shape()), ("out", out, x.shape())])?;
     expect_len("length of weight", weight.len(), x.dim)?;
-    norm(exec.isa, x, Some(residual), weight, eps, out);
+    ByRow::new([*x, *residual, *out]).run(&exec.threads, work(x), |rows, [x, residual, out]| {
+        norm(exec.isa, x, Some(residual), weight, eps, out, rows);
+    });
     Ok(())
+}
+
+fn work<E: Element>(x: &RowsCells<'_, E>) -> usize {
+    4 * x.rows * x.heads * x.dim
 }
 
 fn check<E: Element>(arguments: &[(&'static str, &RowsCells<'_, E>, [usize; 3])]) -> Result<(), Error> {
@@ -56,6 +67,7 @@ by_isa!(norm<E> = norm_body(
     weight: &[E],
     eps: f32,
     out: &RowsCells<'_, E>,
+    rows: Range<usize>,
 ));
 
 #[inline(always)]
@@ -65,10 +77,11 @@ fn norm_body<E: Element, const FUSED: bool>(
     weight: &[E],
     eps: f32,
     out: &RowsCells<'_, E>,
+    rows: Range<usize>,
 ) {
     let dim = x.dim;
     let mut values = vec![0.0f32; dim.next_multiple_of(LANES)];
-    for (row, head) in (0..x.rows).flat_map(|row| (0..x.heads).map(move |head| (row, head))) {
+    for (row, head) in rows.flat_map(|row| (0..x.heads).map(move |head| (row, head))) {
         let source = x.head(row, head);
         if let Some(residual) = residual {
             for ((value, x), residual) in values.iter_mut().zip(source).zip(residual.head(row, head)) {

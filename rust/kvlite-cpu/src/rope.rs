@@ -1,10 +1,13 @@
 //! `rope`: rotary position embedding of queries and keys in place.
 //!
 //! Twin of `kernels/rope`: the frequencies are in the tables, computed in fp32, rounded once. q and k interleave in one QKV
-//! matrix, hence cells and one thread.
+//! matrix, hence cells.
+
+use std::ops::Range;
 
 use crate::error::expect_len;
 use crate::isa::by_isa;
+use crate::view::ByRow;
 use crate::{Element, Error, Exec, Rows, RowsCells};
 
 /// Rotates the first 2 * half dimensions of every head of `q` [T, H, D] and `k` [T, KH, D] in place: pair i is
@@ -33,8 +36,11 @@ pub fn rope<E: Element>(
             return Err(Error::Position { token, value, positions: cos.rows });
         }
     }
-    rotate(exec.isa, q, positions, cos, sin);
-    rotate(exec.isa, k, positions, cos, sin);
+    let work = q.rows * (q.heads + k.heads) * q.dim * 2;
+    ByRow::new([*q, *k]).run(&exec.threads, work, |rows, [q, k]| {
+        rotate(exec.isa, q, rows.clone(), positions, cos, sin);
+        rotate(exec.isa, k, rows, positions, cos, sin);
+    });
     Ok(())
 }
 
@@ -46,6 +52,7 @@ pub(crate) fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
 
 by_isa!(rotate<E> = rotate_body(
     x: &RowsCells<'_, E>,
+    rows: Range<usize>,
     positions: &[i32],
     cos: &Rows<'_, f32>,
     sin: &Rows<'_, f32>,
@@ -54,12 +61,14 @@ by_isa!(rotate<E> = rotate_body(
 #[inline(always)]
 fn rotate_body<E: Element, const FUSED: bool>(
     x: &RowsCells<'_, E>,
+    rows: Range<usize>,
     positions: &[i32],
     cos: &Rows<'_, f32>,
     sin: &Rows<'_, f32>,
 ) {
-    for (row, &position) in positions.iter().enumerate() {
-        let (cos, sin) = (cos.row(position as usize), sin.row(position as usize)); // checked by `rope`
+    for row in rows {
+        let position = positions[row] as usize;
+        let (cos, sin) = (cos.row(position), sin.row(position)); // checked by `rope`
         for head in 0..x.heads {
             let (low, high) = x.head(row, head)[..2 * cos.len()].split_at(cos.len());
             for (((low, high), &cos), &sin) in low.iter().zip(high).zip(cos).zip(sin) {

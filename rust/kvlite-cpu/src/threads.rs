@@ -152,7 +152,7 @@ impl Drop for Open<'_> {
     fn drop(&mut self) {
         self.0.state.fetch_add(GENERATION, Ordering::SeqCst);
         let mut patience = Patience::default();
-        while self.0.state.load(Ordering::Acquire) % GENERATION != 0 {
+        while !self.0.state.load(Ordering::Acquire).is_multiple_of(GENERATION) {
             if patience.is_over() {
                 std::thread::yield_now();
             }

@@ -7,7 +7,10 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::{Element, Error};
+use crate::{Element, Error, Threads};
+
+/// Tasks per thread of an op that treats rows alone.
+const ROW_TASKS: usize = 4;
 
 /// Elements from the first to one past the last of a strided array; None when it is too large to count.
 fn extent(shape: &[usize], strides: &[usize]) -> Option<usize> {
@@ -165,6 +168,48 @@ impl<'a, E: Element> RowsCells<'a, E> {
     #[inline(always)]
     pub(crate) fn head(&self, row: usize, head: usize) -> &'a [Cell<E>] {
         &self.values[row * self.row_stride + head * self.dim..][..self.dim]
+    }
+
+    /// Whether rows of the two share memory with rows of the same index alone, if with any.
+    fn meets_by_row(&self, other: &Self) -> bool {
+        let (a, b) = (self.values.as_ptr_range(), other.values.as_ptr_range());
+        if a.end <= b.start || b.end <= a.start {
+            return true;
+        }
+        let start = |cells: &Self| cells.values.as_ptr() as isize / size_of::<E>().max(1) as isize;
+        let width = |cells: &Self| (cells.heads * cells.dim) as isize;
+        let (stride, shift) = (self.row_stride as isize, start(other) - start(self));
+        self.row_stride == other.row_stride && (width(self) - stride..=stride - width(other)).contains(&shift)
+    }
+}
+
+/// Cells of equally many rows for several threads, each of which touches rows of its own.
+pub(crate) struct ByRow<'a, E: Copy, const N: usize> {
+    cells: [RowsCells<'a, E>; N],
+    is_shared: bool,
+}
+
+// SAFETY: `run` gives every row to one task, and it starts several tasks only when different rows share no memory.
+#[allow(unsafe_code)]
+unsafe impl<E: Copy + Send + Sync, const N: usize> Sync for ByRow<'_, E, N> {}
+
+impl<'a, E: Element, const N: usize> ByRow<'a, E, N> {
+    pub(crate) fn new(cells: [RowsCells<'a, E>; N]) -> Self {
+        let pairs = |i: usize| cells[i + 1..].iter().all(|other| cells[i].meets_by_row(other));
+        ByRow { cells, is_shared: (0..N).all(pairs) }
+    }
+
+    /// Calls `task` with runs of rows and the cells, of which it may touch those rows alone; `work` as in `Threads::run`.
+    pub(crate) fn run(
+        &self,
+        threads: &Threads,
+        work: usize,
+        task: impl Fn(Range<usize>, &[RowsCells<'a, E>; N]) + Sync,
+    ) {
+        let rows = self.cells[0].rows;
+        let tasks = if self.is_shared { rows.min(threads.count() * ROW_TASKS) } else { 1 };
+        let this = self;
+        threads.run(tasks, work, move |i| task(rows * i / tasks..rows * (i + 1) / tasks, &this.cells));
     }
 }
 
