@@ -347,9 +347,9 @@ mod native {
     /// a page by itself.
     const AHEAD: usize = 4096;
     /// Pairs of weight rows that meet a part of x while it is in the first-level cache.
-    const BLOCK: usize = 4;
-    /// Cache lines of x in a part: half of a first-level cache.
-    const PART_LINES: usize = 448;
+    const BLOCK: usize = 8;
+    /// Cache lines of x in a part: less than half of a first-level cache.
+    const PART_LINES: usize = 320;
 
     /// `sums` [rows of x, weight rows of the piece].
     #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
@@ -386,7 +386,7 @@ mod native {
     ///
     /// Of a part of the chunks only: sums wait in `waiting` between two parts.
     #[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
-    #[inline]
+    #[inline(never)] // inlined into one function, a dozen of these loops spill each other's registers
     fn tile<const R: usize>(
         weights: [&[bf16]; 2],
         x: &[Pairs],
