@@ -1,0 +1,174 @@
+//! Products of bf16 with AVX-512 BF16, which multiplies pairs of bf16 and adds them to f32 lanes.
+//!
+//! Two weight rows meet up to 12 rows of x in registers. Weights are fetched a page ahead; x is walked in parts that the
+//! first-level cache holds, each for a block of weight rows, whose sums wait meanwhile. Called by `linear`.
+
+use std::arch::x86_64::*;
+
+use super::{DOT, Element, LANES, Linear, NATIVE_GROUP, Packed, Range, bf16};
+
+/// `$tile::<R>(...)` with R = `$rows`, 1 to NATIVE_GROUP.
+macro_rules! by_rows {
+    ($rows:expr, $tile:ident => $arguments:tt) => {
+        match $rows {
+            1 => $tile::<1> $arguments,
+            2 => $tile::<2> $arguments,
+            3 => $tile::<3> $arguments,
+            4 => $tile::<4> $arguments,
+            5 => $tile::<5> $arguments,
+            6 => $tile::<6> $arguments,
+            7 => $tile::<7> $arguments,
+            8 => $tile::<8> $arguments,
+            9 => $tile::<9> $arguments,
+            10 => $tile::<10> $arguments,
+            11 => $tile::<11> $arguments,
+            _ => $tile::<NATIVE_GROUP> $arguments,
+        }
+    };
+}
+
+type Pairs = [bf16; DOT * LANES];
+/// Sums across lanes are made so many at a time.
+const SUMS: usize = 8;
+/// Bytes between a weight and the one that is fetched meanwhile, at least: the processor does not look past the end of
+/// a page by itself.
+const AHEAD: usize = 4096;
+/// Pairs of weight rows that meet a part of x while it is in the first-level cache.
+const BLOCK: usize = 8;
+/// Cache lines of x in a part: less than half of a first-level cache.
+const PART_LINES: usize = 320;
+
+/// `sums` [rows of x, weight rows of the piece].
+#[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
+pub(super) fn piece<A: Element, W: Element>(
+    args: &Linear<'_, A, W>,
+    x: &Packed<'_, bf16, { DOT * LANES }>,
+    piece: &Range<usize>,
+    sums: &mut [f32],
+) {
+    let streams = piece.start..piece.start + piece.len().div_ceil(2);
+    let parts = (x.group * x.chunks).div_ceil(PART_LINES);
+    let part = x.chunks.div_ceil(parts);
+    // What fits the cache whole needs no second look at the weights.
+    let block = if x.values.len() <= PART_LINES * DOT * LANES { 1 } else { BLOCK };
+    let ahead = AHEAD.max(if block == 1 { 0 } else { block * args.weight.dim * size_of::<bf16>() });
+    let mut waiting = [[_mm512_setzero_ps(); 2 * NATIVE_GROUP]; BLOCK];
+    for start in streams.clone().step_by(block) {
+        let block = start..streams.end.min(start + block);
+        for (first, rows, x_group) in x.groups() {
+            let target = &mut sums[(first - x.first) * piece.len()..][..rows * piece.len()];
+            for chunks in (0..x.chunks).step_by(part).map(|start| start..x.chunks.min(start + part)) {
+                for (n, acc) in block.clone().zip(&mut waiting) {
+                    let pair = args.pair(n, piece);
+                    let weights = pair.map(|n| W::as_bf16(args.weight.row(n)).expect("the weights are bf16"));
+                    let pair = pair.map(|n| n - piece.start);
+                    by_rows!(rows, tile => (weights, x_group, chunks.clone(), ahead, acc, target, pair));
+                }
+            }
+        }
+    }
+}
+
+/// Two weight rows times a group of `R` rows of x; `target` [R, outputs], of which `pair` are written.
+///
+/// Of a part of the chunks only: sums wait in `waiting` between two parts.
+#[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
+#[inline(never)] // inlined into one function, a dozen of these loops spill each other's registers
+fn tile<const R: usize>(
+    weights: [&[bf16]; 2],
+    x: &[Pairs],
+    chunks: Range<usize>,
+    ahead: usize,
+    waiting: &mut [__m512; 2 * NATIVE_GROUP],
+    target: &mut [f32],
+    pair: [usize; 2],
+) {
+    let (x, _) = x.as_chunks::<R>();
+    let [(w0, tail0), (w1, tail1)] = weights.map(<[bf16]>::as_chunks);
+    let mut acc = [[_mm512_setzero_ps(); R]; 2];
+    if chunks.start > 0 {
+        acc[0].copy_from_slice(&waiting[..R]);
+        acc[1].copy_from_slice(&waiting[R..2 * R]);
+    }
+    let mut add = |x: &[Pairs; R], w: [__m512bh; 2]| {
+        for r in 0..R {
+            acc[0][r] = _mm512_dpbf16_ps(acc[0][r], w[0], load(&x[r]));
+            acc[1][r] = _mm512_dpbf16_ps(acc[1][r], w[1], load(&x[r]));
+        }
+    };
+    let whole = chunks.start..chunks.end.min(w0.len());
+    for ((x, w0), w1) in x[whole.clone()].iter().zip(&w0[whole.clone()]).zip(&w1[whole]) {
+        fetch(w0, ahead);
+        fetch(w1, ahead);
+        add(x, [load(w0), load(w1)]);
+    }
+    if chunks.end < x.len() {
+        waiting[..R].copy_from_slice(&acc[0]);
+        waiting[R..2 * R].copy_from_slice(&acc[1]);
+        return;
+    }
+    if let Some(x) = x.get(w0.len()) {
+        add(x, [load(&padded(tail0)), load(&padded(tail1))]);
+    }
+    let outputs = target.len() / R;
+    for (acc, n) in acc.iter().zip(pair) {
+        for (part, acc) in acc.chunks(SUMS).enumerate() {
+            let sums = sums_of(std::array::from_fn(|i| acc.get(i).copied().unwrap_or(_mm512_setzero_ps())));
+            for (r, sum) in sums.into_iter().take(acc.len()).enumerate() {
+                target[(part * SUMS + r) * outputs + n] = sum;
+            }
+        }
+    }
+}
+
+/// The sum of each one's lanes, bit by bit as `sum` makes it: halves are added, of several vectors at once.
+#[target_feature(enable = "avx512f,avx512vl,avx2")]
+#[inline]
+fn sums_of(acc: [__m512; SUMS]) -> [f32; SUMS] {
+    // This order comes out as 0 .. 7.
+    let [a, b, c, d, e, f, g, h] = [0, 4, 1, 5, 2, 6, 3, 7].map(|i: usize| {
+        let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(acc[i])));
+        _mm256_add_ps(_mm512_castps512_ps256(acc[i]), high)
+    });
+    let quarters = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+    let eighths = |a, b| {
+        let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
+    };
+    let (low, high) = (eighths(quarters(a, b), quarters(c, d)), eighths(quarters(e, f), quarters(g, h)));
+    let even = _mm256_shuffle_ps::<0b10_00_10_00>(low, high);
+    let odd = _mm256_shuffle_ps::<0b11_01_11_01>(low, high);
+    let mut sums = [0.0; SUMS];
+    // SAFETY: the target holds 8 lanes.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(even, odd));
+    }
+    sums
+}
+
+/// Asks for what the stream of `weights` reads `ahead` bytes later; it may lie past the end.
+#[inline(always)]
+fn fetch(weights: &Pairs, ahead: usize) {
+    let address = weights.as_ptr().wrapping_byte_add(ahead);
+    // SAFETY: a prefetch touches no memory that the program can see, at any address.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+}
+
+#[inline(always)]
+fn load(pairs: &Pairs) -> __m512bh {
+    // SAFETY: both are 64 bytes in which every bit pattern is a value.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::mem::transmute_copy(pairs)
+    }
+}
+
+fn padded(tail: &[bf16]) -> Pairs {
+    let mut pairs = [bf16::ZERO; DOT * LANES];
+    pairs[..tail.len()].copy_from_slice(tail);
+    pairs
+}
