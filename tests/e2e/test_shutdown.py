@@ -21,7 +21,7 @@ def events(response: http.client.HTTPResponse) -> list[Any]:
 
 
 def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_one(start):
-    server = start()
+    server = start("--dtype", "float32")
     response = server.open("POST", "/v1/completions", LONG)
     response.readline()
     server.process.send_signal(signal.SIGTERM)

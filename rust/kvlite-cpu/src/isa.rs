@@ -28,6 +28,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             found.push(Isa(Kind::Avx2));
+            // VL too: without it code that takes halves of a register, as sums across lanes do, has 16 registers, not 32.
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 found.push(Isa(Kind::Avx512));
                 if is_x86_feature_detected!("avx512bf16") {

@@ -299,6 +299,9 @@ fn compute_native<A: Element, W: Element>(
     out: &RowsMut<'_, A>,
 ) {
     let (first, rows) = (x.first, x.values.len() / (x.chunks * DOT * LANES));
+    if piece.is_empty() {
+        return;
+    }
     sums.resize(rows * piece.len(), 0.0);
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the caller's `Isa` says that the instructions were found.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::error::expect_len;
 use crate::isa::by_isa;
 use crate::lanes::{LANES, Lane, fma, sum};
-use crate::view::ByRow;
+use crate::view::by_row;
 use crate::{Element, Error, Exec, RowsCells};
 
 /// out = weight * round(x / sqrt(mean(x^2) + eps)) for every head of every row; `x` and `out` [T, H, D] may be one.
@@ -23,7 +23,7 @@ pub fn rms_norm<E: Element>(
 ) -> Result<(), Error> {
     check(&[("out", out, x.shape())])?;
     expect_len("length of weight", weight.len(), x.dim)?;
-    ByRow::new([*x, *out]).run(&exec.threads, work(x), |rows, [x, out]| {
+    by_row(&exec.threads, [*x, *out], work(x), |rows, [x, out]| {
         norm(exec.isa, x, None, weight, eps, out, rows);
     });
     Ok(())
@@ -42,7 +42,7 @@ pub fn add_rms_norm<E: Element>(
 ) -> Result<(), Error> {
     check(&[("residual", residual, x.shape()), ("out", out, x.shape())])?;
     expect_len("length of weight", weight.len(), x.dim)?;
-    ByRow::new([*x, *residual, *out]).run(&exec.threads, work(x), |rows, [x, residual, out]| {
+    by_row(&exec.threads, [*x, *residual, *out], work(x), |rows, [x, residual, out]| {
         norm(exec.isa, x, Some(residual), weight, eps, out, rows);
     });
     Ok(())

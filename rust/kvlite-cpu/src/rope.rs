@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::error::expect_len;
 use crate::isa::by_isa;
-use crate::view::ByRow;
+use crate::view::by_row;
 use crate::{Element, Error, Exec, Rows, RowsCells};
 
 /// Rotates the first 2 * half dimensions of every head of `q` [T, H, D] and `k` [T, KH, D] in place: pair i is
@@ -37,7 +37,7 @@ pub fn rope<E: Element>(
         }
     }
     let work = q.rows * (q.heads + k.heads) * q.dim * 2;
-    ByRow::new([*q, *k]).run(&exec.threads, work, |rows, [q, k]| {
+    by_row(&exec.threads, [*q, *k], work, |rows, [q, k]| {
         rotate(exec.isa, q, rows.clone(), positions, cos, sin);
         rotate(exec.isa, k, rows, positions, cos, sin);
     });

@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::error::expect_len;
 use crate::isa::by_isa;
 use crate::lanes::exp;
-use crate::view::ByRow;
+use crate::view::by_row;
 use crate::{Element, Error, Exec, Rows, RowsCells};
 
 /// Multiply-adds that an exponential and a division cost.
@@ -21,7 +21,7 @@ pub fn silu_mul<E: Element>(exec: &Exec, gate_up: &Rows<'_, E>, out: &RowsCells<
     expect_len("heads of out", out.heads, gate_up.heads)?;
     expect_len("columns of gate_up", gate_up.dim, 2 * out.dim)?;
     let work = out.rows * out.heads * out.dim * EXP_WORK;
-    ByRow::new([*out]).run(&exec.threads, work, |rows, [out]| gate(exec.isa, gate_up, out, rows));
+    by_row(&exec.threads, [*out], work, |rows, [out]| gate(exec.isa, gate_up, out, rows));
     Ok(())
 }
 

@@ -213,21 +213,24 @@ impl Shared {
     }
 
     fn try_enter(&self, last: u64) -> Option<u64> {
+        let state = self.open_state(last)?;
+        // Fails when the job is shut meanwhile, or when another worker enters: then the next look tries again.
+        let entered = self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed);
+        entered.ok().map(|state| state / GENERATION)
+    }
+
+    /// The state now, if a job other than `last` is open.
+    fn open_state(&self, last: u64) -> Option<u64> {
         let state = self.state.load(Ordering::SeqCst);
         let generation = state / GENERATION;
-        let is_new = generation % 2 == 1 && generation != last;
-        // Fails when the job is shut meanwhile, or when another worker enters: then the next look tries again.
-        let enter = || self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed);
-        (is_new && enter().is_ok()).then_some(generation)
+        (generation % 2 == 1 && generation != last).then_some(state)
     }
 
     /// Until somebody wakes it; at once where a job other than `last` is open.
     fn sleep(&self, last: u64) {
         let guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        let generation = self.state.load(Ordering::SeqCst) / GENERATION;
-        let is_new = generation % 2 == 1 && generation != last;
-        if !is_new && !self.stopped.load(Ordering::SeqCst) {
+        if self.open_state(last).is_none() && !self.stopped.load(Ordering::SeqCst) {
             // It may also wake for nothing: the caller of `sleep` looks again.
             drop(self.awake.wait(guard));
         }

@@ -88,7 +88,7 @@ pub struct RowsMut<'a, E> {
     memory: PhantomData<&'a mut [E]>,
 }
 
-// SAFETY: it stands for a `&mut [E]`; concurrent use goes through `write_head`, whose callers write disjoint heads.
+// SAFETY: it stands for a `&mut [E]`; concurrent use goes through `write_heads`, whose callers write disjoint heads.
 #[allow(unsafe_code)]
 unsafe impl<E: Send> Sync for RowsMut<'_, E> {}
 
@@ -111,14 +111,8 @@ impl<'a, E: Element> RowsMut<'a, E> {
     #[allow(unsafe_code)]
     #[inline(always)]
     pub(crate) unsafe fn write_head(&self, row: usize, head: usize, value: impl Fn(usize) -> E) {
-        assert!(row < self.rows && head < self.heads);
-        // SAFETY: `new` checked the extent of the shape, row and head lie in it, and the caller alone uses this head.
-        let out = unsafe {
-            std::slice::from_raw_parts_mut(self.values.add(row * self.row_stride + head * self.dim), self.dim)
-        };
-        for (i, element) in out.iter_mut().enumerate() {
-            *element = value(i);
-        }
+        // SAFETY: the caller answers for this one head.
+        unsafe { self.write_heads(row, head..head + 1, value) }
     }
 
     /// Writes `value(0..)` to a run of heads of one row.
@@ -130,7 +124,7 @@ impl<'a, E: Element> RowsMut<'a, E> {
     pub(crate) unsafe fn write_heads(&self, row: usize, heads: Range<usize>, value: impl Fn(usize) -> E) {
         assert!(row < self.rows && heads.start <= heads.end && heads.end <= self.heads);
         let (start, len) = (row * self.row_stride + heads.start * self.dim, heads.len() * self.dim);
-        // SAFETY: as in `write_head`.
+        // SAFETY: `new` checked the extent of the shape, row and heads lie in it, and the caller alone uses these heads.
         let out = unsafe { std::slice::from_raw_parts_mut(self.values.add(start), len) };
         for (i, element) in out.iter_mut().enumerate() {
             *element = value(i);
@@ -183,33 +177,33 @@ impl<'a, E: Element> RowsCells<'a, E> {
     }
 }
 
-/// Cells of equally many rows for several threads, each of which touches rows of its own.
-pub(crate) struct ByRow<'a, E: Copy, const N: usize> {
+/// Calls `task` with runs of the rows of `cells`, which have equally many; it may touch no other rows of them.
+///
+/// `work` as in `Threads::run`. One task does it all where different rows share memory.
+pub(crate) fn by_row<'a, E: Element, const N: usize>(
+    threads: &Threads,
     cells: [RowsCells<'a, E>; N],
-    is_shared: bool,
+    work: usize,
+    task: impl Fn(Range<usize>, &[RowsCells<'a, E>; N]) + Sync,
+) {
+    let rows = cells[0].rows;
+    let meets_others = |i: usize| cells[i + 1..].iter().any(|other| !cells[i].meets_by_row(other));
+    let tasks = if (0..N).any(meets_others) { 1 } else { rows.min(threads.count() * ROW_TASKS) };
+    let cells = ByRow(cells);
+    threads.run(tasks, work, |i| task(rows * i / tasks..rows * (i + 1) / tasks, cells.get()));
 }
 
-// SAFETY: `run` gives every row to one task, and it starts several tasks only when different rows share no memory.
+/// Cells that threads touch at rows of their own.
+struct ByRow<T>(T);
+
+// SAFETY: made by `by_row` alone, which gives every row to one task and starts several only when different rows share no
+// memory.
 #[allow(unsafe_code)]
-unsafe impl<E: Copy + Send + Sync, const N: usize> Sync for ByRow<'_, E, N> {}
+unsafe impl<T> Sync for ByRow<T> {}
 
-impl<'a, E: Element, const N: usize> ByRow<'a, E, N> {
-    pub(crate) fn new(cells: [RowsCells<'a, E>; N]) -> Self {
-        let pairs = |i: usize| cells[i + 1..].iter().all(|other| cells[i].meets_by_row(other));
-        ByRow { cells, is_shared: (0..N).all(pairs) }
-    }
-
-    /// Calls `task` with runs of rows and the cells, of which it may touch those rows alone; `work` as in `Threads::run`.
-    pub(crate) fn run(
-        &self,
-        threads: &Threads,
-        work: usize,
-        task: impl Fn(Range<usize>, &[RowsCells<'a, E>; N]) + Sync,
-    ) {
-        let rows = self.cells[0].rows;
-        let tasks = if self.is_shared { rows.min(threads.count() * ROW_TASKS) } else { 1 };
-        let this = self;
-        threads.run(tasks, work, move |i| task(rows * i / tasks..rows * (i + 1) / tasks, &this.cells));
+impl<T> ByRow<T> {
+    fn get(&self) -> &T {
+        &self.0
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) fn piece<A: Element, W: Element>(
     // What fits the cache whole needs no second look at the weights.
     let block = if x.values.len() <= PART_LINES * DOT * LANES { 1 } else { BLOCK };
     let ahead = AHEAD.max(if block == 1 { 0 } else { block * args.weight.dim * size_of::<bf16>() });
-    let mut waiting = [[_mm512_setzero_ps(); 2 * NATIVE_GROUP]; BLOCK];
+    let mut waiting = vec![[_mm512_setzero_ps(); 2 * NATIVE_GROUP]; block];
     for start in streams.clone().step_by(block) {
         let block = start..streams.end.min(start + block);
         for (first, rows, x_group) in x.groups() {

@@ -166,7 +166,7 @@ fn check_independence<E: Element>(shape: &Shape, seed: u64) {
 
 #[test]
 fn a_row_is_bit_identical_alone_batched_chunked_and_threaded() {
-    // More than SMALL_WORK, or the threads would never start.
+    // More than WAKING_WORK, or threads that sleep would not take part.
     let sequences = [(40, 40), (1, 1), (300, 1), (257, 3), (600, 70)];
     check_independence::<f32>(&shape(4, 2, 64, 16, &sequences), 6);
     check_independence::<f32>(&Shape { window: 100, ..shape(7, 1, 24, 3, &sequences) }, 7);

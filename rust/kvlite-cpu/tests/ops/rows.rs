@@ -8,6 +8,8 @@ use crate::oracle::{Rng, every_isa};
 
 /// Between rows.
 const GAP: usize = 3;
+/// Of an input that is worth waking a thread for, whichever the op.
+const ROWS: usize = 397;
 
 fn random<E: Element>(rows: usize, len: usize, seed: u64) -> Vec<E> {
     let mut rng = Rng::new(seed);
@@ -148,7 +150,7 @@ fn gates_equal_the_oracle_down_to_gates_whose_exponential_overflows() {
 /// Of one thread, and of as many as `threads`, which take rows of one matrix in any order.
 fn of_threads(op: impl Fn(&Exec, &[Cell<f32>], &[Cell<f32>])) {
     let run = |threads: usize| {
-        let (mut x, mut y) = (random::<f32>(97, 1024, 11), random::<f32>(97, 1024, 12));
+        let (mut x, mut y) = (random::<f32>(ROWS, 1024, 11), random::<f32>(ROWS, 1024, 12));
         let cells = |values| Cell::from_mut(values).as_slice_of_cells();
         op(&Exec::detect(threads), cells(&mut x[..]), cells(&mut y[..]));
         [x, y].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
@@ -166,27 +168,27 @@ fn threads_that_share_the_rows_change_no_bit_and_leave_out_none() {
     }
     let weight: Vec<f32> = random(1, 1024, 13);
     of_threads(|exec, x, y| {
-        let (x, y) = (view(x, [97, 1, 1024]), view(y, [97, 1, 1024]));
+        let (x, y) = (view(x, [ROWS, 1, 1024]), view(y, [ROWS, 1, 1024]));
         add_rms_norm(exec, &x, &y, &weight[..1024], 1e-5, &x).expect("valid");
         rms_norm(exec, &x, &weight[..1024], 1e-5, &x).expect("valid");
     });
     of_threads(|exec, x, y| {
         // Each row is written to the next one's place: one thread must compute them in order.
-        let (low, next) = (view(x, [96, 1, 1024]), view(&x[1024 + GAP..], [96, 1, 1024]));
+        let (low, next) = (view(x, [ROWS - 1, 1, 1024]), view(&x[1024 + GAP..], [ROWS - 1, 1, 1024]));
         rms_norm(exec, &low, &weight[..1024], 1e-5, &next).expect("valid");
-        rms_norm(exec, &view(y, [97, 1, 1024]), &weight[..1024], 1e-5, &view(y, [97, 1, 1024])).expect("valid");
+        rms_norm(exec, &view(y, [ROWS, 1, 1024]), &weight[..1024], 1e-5, &view(y, [ROWS, 1, 1024])).expect("valid");
     });
-    let angles: Vec<f32> = random(97, 32, 14);
-    let table = Rows::new("cos", &angles, [97, 1, 32], 32 + GAP).expect("fits");
-    let positions: Vec<i32> = (0..97).rev().collect();
+    let angles: Vec<f32> = random(ROWS, 32, 14);
+    let table = Rows::new("cos", &angles, [ROWS, 1, 32], 32 + GAP).expect("fits");
+    let positions: Vec<i32> = (0..ROWS as i32).rev().collect();
     of_threads(|exec, x, _| {
-        let (q, k) = (view(x, [97, 12, 64]), view(&x[12 * 64..], [97, 4, 64]));
+        let (q, k) = (view(x, [ROWS, 12, 64]), view(&x[12 * 64..], [ROWS, 4, 64]));
         rope(exec, &q, &k, &positions, &table, &table).expect("valid");
     });
     of_threads(|exec, x, y| {
         let input: Vec<f32> = x.iter().map(Cell::get).collect();
-        let gate_up = Rows::new("gate_up", &input, [97, 1, 1024], 1024 + GAP).expect("fits");
-        silu_mul(exec, &gate_up, &view(y, [97, 1, 512])).expect("valid");
+        let gate_up = Rows::new("gate_up", &input, [ROWS, 1, 1024], 1024 + GAP).expect("fits");
+        silu_mul(exec, &gate_up, &view(y, [ROWS, 1, 512])).expect("valid");
     });
 }
 
