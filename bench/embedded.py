@@ -129,8 +129,11 @@ class KernelClock:
         return timed
 
     def ops(self, ops: Ops) -> Ops:
-        """Every op, timed."""
-        return replace(ops, **{n: self.around(v) for n in ops.__dataclass_fields__ if callable(v := getattr(ops, n))})
+        """Every op, timed; of recorded ones, the replay as a whole."""
+        timed = {n: self.around(v) for n in ops.__dataclass_fields__ if callable(v := getattr(ops, n))}
+        if (record := ops.record) is not None:
+            timed["record"] = lambda run: self.around(record(run))
+        return replace(ops, **timed)
 
 
 def decode_steps(engine: Engine, batch: list[list[int]], num_steps: int, clock: KernelClock) -> list[float]:

@@ -53,7 +53,7 @@ def row_max_kernel(logits_ptr, part_ptr, part_id_ptr, vocab, row_stride, CHUNK: 
     """Maximum and its lowest id over one chunk of one row; NaN if the chunk holds one."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits_ptr + row.to(tl.int64) * row_stride + ids, mask=ids < vocab, other=float("-inf"))
+    x = tl.load(logits_ptr + row.to(tl.int64) * row_stride + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 0)
     faulty = tl.max((x != x).to(tl.int32), 0) > 0
     part = row * tl.num_programs(1) + chunk
@@ -78,7 +78,7 @@ def _search(
         weight = tl.zeros((BLOCK, PIVOTS), dtype=tl.float32)
         for first in range(0, vocab, BLOCK):
             ids = first + tl.arange(0, BLOCK)
-            x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf"))
+            x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
             if MASS:
                 value = tl.where((ids < vocab) & (x >= floor), tl.exp(tl.div_rn(x - top, temperature)), 0.0)
             else:
@@ -137,6 +137,7 @@ def pick_kernel(
         return
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row.to(tl.int64) * row_stride + ids, mask=ids < vocab, other=float("-inf"))
+    logits = logits.to(tl.float32)
     x = tl.div_rn(logits - tl.load(top_ptr + row), temperature)
     keep = (ids < vocab) & (logits >= tl.load(threshold_ptr + row)) & (x >= tl.load(log_min_p_ptr + row))
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
@@ -175,7 +176,7 @@ def sample(
     position: torch.Tensor,
 ) -> torch.Tensor:
     """As `reference.sample`; four launches whatever the rows ask for."""
-    assert logits.stride(-1) == 1 and logits.dtype == torch.float32
+    assert logits.stride(-1) == 1
     num_rows, vocab = logits.shape
     token = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:

@@ -95,11 +95,12 @@ def sample(
 ) -> torch.Tensor:
     """One token per row: argmax where temperature is 0, else a Gumbel-max draw from the filtered softmax.
 
-    logits [N, V] fp32 · temperature [N] fp32 >= 0 · top_k [N] int32 (0 = off) · top_p [N] fp32 (>= 1 = off) ·
+    logits [N, V], read as fp32 · temperature [N] fp32 >= 0 · top_k [N] int32 (0 = off) · top_p [N] fp32 (>= 1 = off) ·
     min_p [N] fp32 (0 = off) · seed, position [N] int64. Returns [N] int32. Ties go to the lowest id. top-k keeps
     every logit equal to the k-th; top-p keeps the smallest set of most likely ids whose share of what top-k left is
     at least top_p, ties kept; min-p keeps p >= min_p * max p. -1 for a row with a NaN or without a finite maximum.
     """
+    logits = logits.float()
     best = logits.max(dim=1)
     token = torch.where(torch.isfinite(best.values), torch.argmax(logits, dim=1), -1).to(torch.int32)
     temperatures, picks = temperature.tolist(), token.tolist()

@@ -4,7 +4,7 @@ Arrays are NumPy arrays, read and written in place. Nobody else writes an array 
 with an underscore exists here only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, final
 
 import numpy as np
@@ -360,6 +360,38 @@ def cpu_silu_mul(gate_up: _Stored, out: _Stored, dtype: str = "float32") -> None
 
     Raises InvalidArgument before anything is written.
     """
+
+def cpu_sample(
+    logits: _Stored,
+    temperature: _Float32,
+    top_k: _Int32,
+    top_p: _Float32,
+    min_p: _Float32,
+    seed: NDArray[np.int64],
+    position: NDArray[np.int64],
+    token: _Int32,
+    dtype: str = "float32",
+) -> None:
+    """Writes `token` [N] for logits [N, V], -1 for a row without a sound maximum; see kernels/sampling.
+
+    Raises InvalidArgument before anything is written.
+    """
+
+@final
+class Tape:
+    """CPU ops kept instead of computed, with the arrays that they use."""
+
+    @staticmethod
+    def record(run: Callable[[], object]) -> Tape:
+        """Calls `run` and keeps the CPU ops that it calls on this thread; their arguments are checked now.
+
+        Raises what `run` raises, and InvalidArgument inside of another `record`.
+        """
+
+    def replay(self) -> None:
+        """Computes all of them, in order. Raises as the first one that fails would; those before it have computed."""
+
+    def __len__(self) -> int: ...
 
 def cpu_num_threads() -> int:
     """Threads that share one call, the caller's included; at first as many as the machine has."""

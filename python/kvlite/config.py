@@ -154,7 +154,7 @@ class EngineConfig:
         1.0, float, "share of the pool that admission may promise", low=0.01, high=1.0, core=True
     )
     deterministic: bool = _setting(False, bool, "same bits whatever the batching, chunking and cache hits")
-    enforce_eager: bool = _setting(False, bool, "decode without CUDA graphs: a faster start, slower small batches")
+    enforce_eager: bool = _setting(False, bool, "decode without CUDA graphs, or tapes of CPU ops: slower small batches")
     seed: int = _setting(0, int, "seed of requests that bring none", low=0, high=(1 << 63) - 1)
     num_threads: int | None = _setting(None, int, "CPU threads", low=1, high=1024, auto="as many as torch takes")
     max_logprobs: int = _setting(20, int, "top log-probabilities per token that a request may ask", low=0, high=1024)

@@ -36,6 +36,8 @@ PlaceKvOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 LinearOp = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 SiluMulOp = Callable[[Tensor, Tensor], None]
 SampleOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Record = Callable[[Callable[[], object]], Callable[[], None]]
+"""Turns a function of fixed memory into a replay, which does to the same memory what the function's ops do."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Ops:
     """As `linear`, with a row's bits depending on that row alone, where there is such a form."""
     widens_weights: bool = False
     """Whether `linear` multiplies 16-bit weights with fp32 rows without a whole copy of them."""
+    record: Record | None = None
+    """Keeps the ops that a function calls, none computed, where the backend can; `linear` only up to `few_rows`."""
+    few_rows: Callable[[torch.dtype, torch.dtype], int] | None = None
+    """(format of rows, format of weights) -> the most rows that `linear` multiplies by a loop of the backend's own; the
+    first call for two formats measures it, some tens of milliseconds."""
 
 
 def select(device: torch.device, backend: Backend | None = None) -> Ops:
@@ -153,6 +160,9 @@ class _RustKernels:
         self._add_rms_norm = core.cpu_add_rms_norm
         self._rope = core.cpu_rope
         self._silu_mul = core.cpu_silu_mul
+        self._sample = core.cpu_sample
+        self._tape = core.Tape
+        self.num_threads: Callable[[], int] = core.cpu_num_threads
 
     def attention(
         self,
@@ -243,9 +253,31 @@ class _RustKernels:
         """As `kernels/silu_mul/reference.py`."""
         self._silu_mul(_array(gate_up), _array(out), _DTYPE_NAME[out.dtype])
 
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+    ) -> Tensor:
+        """As `kernels/sampling/reference.py`."""
+        token = torch.empty(logits.shape[0], dtype=torch.int32)
+        each = [_array(x) for x in (temperature, top_k, top_p, min_p, seed, position, token)]
+        self._sample(_array(logits), *each, _DTYPE_NAME[logits.dtype])
+        return token
 
-_crossings: dict[tuple[torch.dtype, torch.dtype], int] = {}
-"""What `_few_rows` found for formats of rows and weights: one per process, so that its engines compute alike."""
+    def record(self, run: Callable[[], object]) -> Callable[[], None]:
+        """As `Ops.record`: one call down replays them all."""
+        replay: Callable[[], None] = self._tape.record(run).replay
+        return replay
+
+
+_crossings: dict[tuple[torch.dtype, torch.dtype, int], int] = {}
+"""What `_few_rows` found for formats of rows and weights and a number of threads: one per process, so that its engines
+compute alike."""
 
 
 @torch.inference_mode()
@@ -276,7 +308,7 @@ def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many
 
 
 def _cpu() -> Ops:
-    """Rust for everything but sampling and products of many rows."""
+    """Rust for everything but products of many rows."""
     reference = _reference()
     try:
         rust = _RustKernels(importlib.import_module("kvlite._core"))
@@ -286,10 +318,8 @@ def _cpu() -> Ops:
         ) from error
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        num_rows, dtypes = x.shape[0], (x.dtype, weight.dtype)
-        if FEW_ROWS[0] < num_rows <= FEW_ROWS[-1] and dtypes not in _crossings:
-            _crossings[dtypes] = _few_rows(*dtypes, rust.linear, many_rows)
-        if num_rows <= _crossings.get(dtypes, FEW_ROWS[0]):
+        num_rows = x.shape[0]
+        if num_rows <= FEW_ROWS[0] or (num_rows <= FEW_ROWS[-1] and num_rows <= few_rows(x.dtype, weight.dtype)):
             rust.linear(x, weight, bias, out)
         else:
             many_rows(x, weight, bias, out)
@@ -302,6 +332,12 @@ def _cpu() -> Ops:
                 part = slice(start, start + WIDENED_ROWS)
                 reference.linear(x, weight[part], None if bias is None else bias[part], out[:, part])
 
+    def few_rows(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+        key = dtype, weight_dtype, rust.num_threads()
+        if key not in _crossings:
+            _crossings[key] = _few_rows(dtype, weight_dtype, rust.linear, many_rows)
+        return _crossings[key]
+
     return Ops(
         backend="cpu",
         attention=rust.attention,
@@ -312,8 +348,10 @@ def _cpu() -> Ops:
         rms_norm=rust.rms_norm,
         add_rms_norm=rust.add_rms_norm,
         silu_mul=rust.silu_mul,
-        sample=reference.sample,
+        sample=rust.sample,
         linear=linear,
         invariant_linear=rust.linear,
         widens_weights=True,
+        record=rust.record,
+        few_rows=few_rows,
     )

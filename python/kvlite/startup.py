@@ -24,7 +24,7 @@ from kvlite.models import Decoder, ModelConfig, load_config, load_model
 from kvlite.ops import Ops, select
 from kvlite.request import RequestLimits, resolve_method
 from kvlite.reuse_types import Reuse
-from kvlite.runner.graphs import CudaRecorder
+from kvlite.runner.graphs import CudaRecorder, graph_sizes
 from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
@@ -147,10 +147,20 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     )
     sampler, canonical_len = _sampler(config, model, device, ops), len(identity.canonical_prefix)
     runner = ModelRunner(decoder, pool, sampler, canonical_len=canonical_len)
-    if device.type == "cuda" and not config.enforce_eager:
-        with _phase(phases, "CUDA graphs"):
-            runner.record_graphs(CudaRecorder(device))
+    if not config.enforce_eager:
+        with _phase(phases, "decode graphs"):
+            _record_graphs(runner, ops, config.max_num_seqs)
     return Parts(tokenizer, limits, runner, core, arenas, startup)
+
+
+def _record_graphs(runner: ModelRunner, ops: Ops, max_num_seqs: int) -> None:
+    decoder = runner.decoder
+    if decoder.device.type == "cuda":
+        runner.record_graphs(CudaRecorder(decoder.device).record, graph_sizes(max_num_seqs))
+    elif ops.record is not None and ops.few_rows is not None:
+        # A tape costs neither memory nor time to speak of, so each number of rows has its own, without padding.
+        most = min(max_num_seqs, ops.few_rows(decoder.dtype, decoder.weight_dtype))
+        runner.record_graphs(ops.record, range(1, most + 1), lazily=True)
 
 
 def model_directory(model: str | None) -> Path:

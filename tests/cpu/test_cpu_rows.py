@@ -51,6 +51,12 @@ def silu_mul() -> Arrays:
     return {"gate_up": floats(3, 10), "out": nan(3, 5)}
 
 
+def sample() -> Arrays:
+    each: Arrays = {"temperature": floats(3) ** 2, "top_p": floats(3) ** 2, "min_p": np.zeros(3, np.float32)}
+    each |= {"top_k": np.array([0, 2, 9], np.int32), "seed": np.arange(3), "position": np.arange(3)}
+    return {"logits": floats(3, 8), **each, "token": np.full(3, 77, np.int32)}
+
+
 def place_kv() -> Arrays:
     return {
         "kv_pool": floats(2, 3, 2, 4, 2, 8),
@@ -68,6 +74,7 @@ OPS: dict[Callable[[], Arrays], tuple[Callable[..., None], tuple[str, ...]]] = {
     add_rms_norm: (_core.cpu_add_rms_norm, ("out", "residual")),
     rope: (_core.cpu_rope, ("q", "k")),
     silu_mul: (_core.cpu_silu_mul, ("out",)),
+    sample: (_core.cpu_sample, ("token",)),
     place_kv: (_core.cpu_place_kv, ("kv_pool",)),
 }
 
@@ -116,7 +123,17 @@ REFUSALS: list[tuple[Callable[[], Arrays], str, Callable[[Arrays], Any]]] = [
     (place_kv, "kv_pool", lambda a: frozen(floats(2, 3, 2, 4, 2, 8))),
     (silu_mul, "gate_up", lambda a: floats(3, 9)),
     (silu_mul, "out", lambda a: a["gate_up"][:, :5]),
+    (sample, "logits", lambda a: a["logits"][:2]),
+    (sample, "logits", lambda a: floats(8, 3).T),
+    (sample, "top_k", lambda a: a["top_k"].astype(np.int64)),
+    (sample, "seed", lambda a: a["seed"].astype(np.int32)),
+    (sample, "position", lambda a: np.arange(4)),
+    (sample, "token", lambda a: a["top_k"]),
 ]
+
+
+MISMATCHES = (("cos", "sin"), ("out", "x"), ("logits", "temperature"))
+"""Of two that do not fit together, (the one that was changed, the one that is named)."""
 
 
 @pytest.mark.parametrize(("op", "name", "change"), REFUSALS)
@@ -129,7 +146,7 @@ def test_bad_arguments_are_named_before_anything_is_written(
     before = {output: arrays[output].copy() for output in outputs}
     with pytest.raises(_core.InvalidArgument) as caught:
         call(**arrays)
-    assert caught.value.param == name or (name, caught.value.param) in (("cos", "sin"), ("out", "x"))
+    assert caught.value.param == name or (name, caught.value.param) in MISMATCHES
     for output in outputs:
         np.testing.assert_array_equal(arrays[output], before[output])
 

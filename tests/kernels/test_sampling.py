@@ -25,7 +25,7 @@ def run(
 ) -> list[int]:
     rows = logits.shape[0]
     arguments = [
-        logits.float(),
+        logits,
         torch.tensor(temperature if isinstance(temperature, list) else [temperature] * rows),
         torch.full((rows,), top_k, dtype=torch.int32),
         torch.full((rows,), top_p),
@@ -167,6 +167,14 @@ def test_a_row_gets_the_same_token_alone_and_among_others(ops: Ops) -> None:
         run(ops, logits[i : i + 1], temperatures[i], 300, 0.95, seeds=[11 + i], positions=[i])[0] for i in range(3)
     ]
     assert together == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_logits_are_read_as_the_fp32_that_they_are(ops: Ops, dtype: torch.dtype) -> None:
+    logits = (torch.randn(4, 4500, generator=torch.Generator().manual_seed(3)) * 4).to(dtype)
+    temperatures = [0.0, 0.5, 1.0, 2.0]
+    for filters in ({}, {"top_k": 50, "top_p": 0.9}):
+        assert run(ops, logits, temperatures, **filters) == run(ops, logits.float(), temperatures, **filters)
 
 
 def test_a_temperature_near_zero_is_greedy(ops: Ops) -> None:

@@ -131,7 +131,7 @@ def test_half_precision_loads_from_any_stored_format_and_stays_close(
     driver = Driver(decoder)
     tokens = prompt(40)
     ours = decoder.logits(driver.feed(driver.row(), tokens, chunk=9))
-    assert ours.dtype == torch.float32
+    assert ours.dtype == dtype
     assert oracle.distance(ours, oracle.logits(model, tokens)) < (0.06 if dtype == torch.bfloat16 else 0.01)
 
 

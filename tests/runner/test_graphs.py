@@ -1,4 +1,5 @@
-"""Decode graphs, with a recorder that runs the function again where a GPU would replay it: bits, padding, who gets one.
+"""Decode graphs, with a recorder that runs the function again where a GPU would replay it, and with tapes of CPU ops:
+bits, padding, who gets one.
 
 What a recorder cannot show, reads of the device by the host and tensors made from host values, a dispatch mode refuses.
 """
@@ -50,7 +51,7 @@ def staged(backend: str, recorder: Rerun | None, name: str = "qwen3") -> Stage:
     made.reserve(64, NUM_ROWS)
     stage = Stage(made)
     if recorder is not None:
-        stage.runner.record_graphs(recorder)
+        stage.runner.record_graphs(recorder.record, graph_sizes(NUM_ROWS))
     for row, prompt in enumerate(PROMPTS):
         stage.prefill(row, prompt)
     return stage
@@ -87,19 +88,47 @@ def test_a_replay_gives_the_bits_of_the_eager_way_at_every_batch_size(backend: s
     assert recorder.num_recorded == len(graph_sizes(NUM_ROWS)) and recorder.num_replays == 2 * NUM_ROWS
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_a_tape_is_recorded_by_the_first_batch_of_its_size_and_gives_the_bits_of_the_eager_way(name: str) -> None:
+    eager, taped = staged("cpu", None, name), staged("cpu", None, name)
+    record, recorded = ops_module.select(torch.device("cpu")).record, 0
+    assert record is not None
+
+    def counted(run: Callable[[], object]) -> Callable[[], None]:
+        nonlocal recorded
+        recorded += 1
+        return record(run)
+
+    taped.runner.record_graphs(counted, range(1, 5), lazily=True)
+    assert recorded == 0
+    for step, (count, seen) in enumerate([(5, 1), (2, 3), (2, 3), (6, 3)]):  # beside 1, 4, 4 and 0 rows that rest
+        rows = list(range(NUM_ROWS))[::-1][:count]
+        plan = [Rows(row, [len(PROMPTS[row]) + step], [20 + row], sample=True) for row in rows]
+        resting = [Rows(row, [len(PROMPTS[row]) + step], [9]) for row in range(NUM_ROWS - count)]
+        for stage in (eager, taped):
+            if resting:
+                stage.run(resting)
+        for want, have in zip(logits_of(eager, plan), logits_of(taped, plan), strict=True):
+            assert torch.equal(want, have) and not have.isnan().any()
+        for row in rows:
+            keys = range(len(PROMPTS[row]) + step + 1)
+            assert torch.equal(eager.kv(row, keys), taped.kv(row, keys))
+        assert recorded == seen
+
+
 def test_padding_writes_nothing_and_nothing_of_an_earlier_batch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Rerun()
     graphs = staged("reference", recorder)
     graphs.run(decode([0, 1, 2, 3, 4, 5]))
     before = graphs.pool.data.clone()
     seen: list[ForwardBatch] = []
-    forward = graphs.runner.decoder.forward
+    forward = graphs.runner.decoder.forward_embedded
 
     def watched(batch: ForwardBatch, *others: Any) -> torch.Tensor:
         seen.append(batch)
         return forward(batch, *others)
 
-    monkeypatch.setattr(graphs.runner.decoder, "forward", watched)
+    monkeypatch.setattr(graphs.runner.decoder, "forward_embedded", watched)
     graphs.run(decode([4, 1, 0, 2, 5], step=1))
     (batch,) = seen
     assert batch.token_ids.tolist() == [25, 22, 21, 23, 26, 0] and batch.query_start.tolist() == list(range(7))
@@ -110,7 +139,7 @@ def test_padding_writes_nothing_and_nothing_of_an_earlier_batch_stays(monkeypatc
     assert set(changed.nonzero().flatten().tolist()) == touched
 
 
-def test_a_token_that_is_still_on_the_device_is_read_inside_the_graph() -> None:
+def test_a_token_that_is_still_on_the_device_is_read_before_the_replay() -> None:
     graphs, eager = staged("reference", Rerun()), staged("reference", None)
     first = graphs.run(decode([0, 3, 5])).tokens
     assert eager.run(decode([0, 3, 5])).tokens == first

@@ -57,6 +57,8 @@ class Decoder:
         self.weights_bytes = sum(tensor.nbytes for tensor in params.values())
         weight = params["embedding.weight"]
         self.dtype, self.device = params["norm"].dtype, weight.device
+        self.weight_dtype = weight.dtype
+        """Of the matrices; 16 bits may stand under fp32 rows (`load_model`)."""
         self._silu_mul = ops.silu_mul
         self.key_mass = ops.key_mass
         """The op that probes need over this decoder's rows and keys."""
@@ -90,10 +92,23 @@ class Decoder:
         leave (`probe.rows_to_the_end`), without probes all T. The result is a view of a buffer that the next call
         overwrites. T >= 1.
         """
+        self.embed(batch.token_ids)
+        return self.forward_embedded(batch, kv_pool, probes)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> None:
+        """Puts the embeddings of token_ids [T] where `forward_embedded` finds them."""
+        s = self._scratch.views(token_ids.shape[0])
+        self._embedding(token_ids, s.embedded)
+        s.unused.zero_()
+
+    @torch.inference_mode()
+    def forward_embedded(
+        self, batch: ForwardBatch, kv_pool: torch.Tensor, probes: Sequence[Probe] = ()
+    ) -> torch.Tensor:
+        """`forward` without its first part: ops of the backend alone, which a graph or a tape can hold."""
         s = self._scratch.views(batch.token_ids.shape[0])
         watch = Watch(probes, batch.token_ids.shape[0]) if probes else None
-        self._embedding(batch.token_ids, s.embedded)
-        s.unused.zero_()
         for index, (layer, cache) in enumerate(zip(self._layers, self._caches(kv_pool), strict=True)):
             if index == 0:
                 layer.input_norm(s.residual, s.hidden)
@@ -136,7 +151,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] fp32 of hidden rows [N, W]. The next call may overwrite the result; N >= 1."""
+        """Logits [N, V], in the model's dtype, of hidden rows [N, W]. The next call overwrites the result; N >= 1."""
         num_rows = hidden_rows.shape[0]
         padded, logits = self._scratch.logits(num_rows)
         if self._tiled:
@@ -144,7 +159,7 @@ class Decoder:
             self._head(padded, logits)
         else:
             self._head(hidden_rows, logits)
-        return logits[:num_rows].float()
+        return logits[:num_rows]
 
     def _caches(self, kv_pool: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """Key and value cache of each layer, [num_blocks, block_size, KH, D]; cut once per pool."""

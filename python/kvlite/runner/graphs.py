@@ -1,20 +1,21 @@
-"""`DecodeGraphs`: forward passes of decode batches, recorded once per batch size and replayed with one launch.
+"""`DecodeGraphs`: forward passes of decode batches, recorded once per size and replayed by one launch or one call.
 
-A decode step of an 8B model is some 300 launches, each shorter than the host takes to make the next; a replay is one.
-Holds graphs for padded batch sizes and the buffers that they read; takes plans in which every sequence has one row and
-nothing watches it, refuses all others. A padding row has the reserved row of the block table, sees no key and stores
-none. Logits and samples are launched behind a replay, hidden by it. Called by model_runner.py.
+A decode step of an 8B model is some 300 launches, each shorter than the host takes to make the next; a replay is one: of
+a CUDA graph, or of a tape of CPU ops. Holds graphs for some batch sizes and the buffers that they read; takes plans in
+which every sequence has one row and nothing watches it, refuses all others. A padding row has the reserved row of the
+block table, sees no key and stores none. Embeddings come before a replay, logits and samples behind it. Called by
+model_runner.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from kvlite.models import Decoder, ForwardBatch
+from kvlite.ops import Record
 from kvlite.progress import Bar
 from kvlite.runner.kv_pool import KVPool
 from kvlite.runner.plan import Plan
@@ -26,14 +27,6 @@ _ROW_ALIGN = 4
 _INPUTS = ("token_ids", "positions", "last_key", "slot_mapping", "context_len", "seq_row")
 
 
-class Recorder(Protocol):
-    """Turns a function of fixed memory into a replay of what it launched."""
-
-    def record(self, run: Callable[[], object]) -> Callable[[], None]:
-        """Runs `run`, at least once; each call of the result does to the same memory what `run` did."""
-        ...
-
-
 class CudaRecorder:
     """CUDA graphs; all of one recorder share a memory pool, so that together they need what the largest needs."""
 
@@ -42,7 +35,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], object]) -> Callable[[], None]:
-        """As `Recorder`. `run` must neither wait for the device nor branch on what lies there."""
+        """As `ops.Record`. `run` must neither wait for the device nor branch on what lies there."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -58,7 +51,7 @@ class CudaRecorder:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes that get a graph, ascending: 1, 2, 4, multiples of 8, and the largest batch up to MAX_GRAPH_ROWS."""
+    """Sizes of CUDA graphs, ascending: 1, 2, 4, multiples of 8, and the largest batch up to MAX_GRAPH_ROWS."""
     largest = min(max_num_seqs, MAX_GRAPH_ROWS)
     return sorted({size for size in (1, 2, 4, *range(8, largest, 8), largest) if size <= largest})
 
@@ -66,40 +59,36 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class _Graph:
     """One batch size: its inputs on the host and the device, its replay and where its output lies."""
 
-    def __init__(self, size: int, decoder: Decoder, pool: KVPool, last_token: torch.Tensor) -> None:
+    def __init__(self, size: int, decoder: Decoder, pool: KVPool, last_token: torch.Tensor, record: Record) -> None:
+        """Records with padding rows alone: nothing of the pool changes."""
         width = -(-size // _ROW_ALIGN) * _ROW_ALIGN
         is_cuda = decoder.device.type == "cuda"
         with torch.inference_mode(mode=False):
             self._host = torch.zeros((len(_INPUTS), width), dtype=torch.int32, pin_memory=is_cuda)
             self._device = torch.zeros_like(self._host, device=decoder.device, pin_memory=False)
         self._values = dict(zip(_INPUTS, self._host.numpy(), strict=True))
-        self._size = size
         self._padding_row = pool.block_table.shape[0] - 1
+        self._decoder, self._last_token = decoder, last_token
         inputs = {name: row[:size] for name, row in zip(_INPUTS, self._device, strict=True)}
         starts = torch.arange(size + 1, dtype=torch.int32, device=decoder.device)
-        self.output = torch.empty(0)
-        self.replay: Callable[[], None]
+        self._batch = ForwardBatch(**inputs, query_start=starts, block_table=pool.block_table)
+        self._output = torch.empty(0)
 
         def run() -> None:
-            ids = inputs["token_ids"]
-            known = torch.where(ids < 0, last_token[inputs["seq_row"]], ids)
-            batch = ForwardBatch(
-                **{**inputs, "token_ids": known}, query_start=starts, block_table=pool.block_table
-            )  # fmt: skip
-            self.output = decoder.forward(batch, pool.data)
+            self._output = decoder.forward_embedded(self._batch, pool.data)
 
-        self._run = run
-
-    def record(self, recorder: Recorder) -> None:
-        """Records with padding rows alone: nothing of the pool changes."""
         self._fill(None)
-        self.replay = recorder.record(self._run)
+        self._replay = record(run)
 
     def forward(self, plan: Plan) -> torch.Tensor:
         """Hidden states of the plan's rows, [S, W]; the next call of any graph or of the decoder overwrites them."""
         self._fill(plan)
-        self.replay()
-        return self.output[: plan.num_seqs]
+        ids = self._batch.token_ids
+        if (plan.token_ids < 0).any():
+            ids = torch.where(ids < 0, self._last_token[self._batch.seq_row], ids)
+        self._decoder.embed(ids)
+        self._replay()
+        return self._output[: plan.num_seqs]
 
     def _fill(self, plan: Plan | None) -> None:
         """The rows of `plan`, then padding. The host's buffer is free: a plan ends before the next begins."""
@@ -114,17 +103,34 @@ class _Graph:
 class DecodeGraphs:
     """Graphs of one decoder over one pool. Made after `Decoder.reserve`: a graph holds the addresses of its buffers."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, last_token: torch.Tensor, *, recorder: Recorder) -> None:
-        """`last_token` [rows of the block table] int32: ids that stand where a plan says -1."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        last_token: torch.Tensor,
+        record: Record,
+        sizes: Sequence[int],
+        *,
+        lazily: bool = False,
+    ) -> None:
+        """`last_token` [rows of the block table] int32: ids that stand where a plan says -1. `sizes` ascending;
+        `lazily`: a graph is recorded by the first plan that it serves.
+        """
         self._decoder = decoder
         self._reserved = decoder.reserved_tokens
-        self.sizes = [n for n in graph_sizes(pool.block_table.shape[0] - 1) if n <= self._reserved]
-        # The largest first: the smaller ones then fit into the memory that it took.
+        self.sizes = [n for n in sizes if n <= self._reserved]
         self._graphs: dict[int, _Graph] = {}
+
+        def make(size: int) -> _Graph:
+            return _Graph(size, decoder, pool, last_token, record)
+
+        self._make = make
+        if lazily:
+            return
+        # The largest first: the smaller ones then fit into the memory that it took.
         with Bar("recording", unit="graphs") as bar, torch.inference_mode():
             for n, size in enumerate(reversed(self.sizes), 1):
-                self._graphs[size] = _Graph(size, decoder, pool, last_token)
-                self._graphs[size].record(recorder)
+                self._graphs[size] = self._make(size)
                 bar.update(n, len(self.sizes))
 
     def size_for(self, plan: Plan) -> int | None:
@@ -142,4 +148,6 @@ class DecodeGraphs:
         if size is None:
             return None
         assert self._decoder.reserved_tokens == self._reserved, "the decoder's buffers stay where they were recorded"
+        if size not in self._graphs:
+            self._graphs[size] = self._make(size)
         return self._graphs[size].forward(plan)

@@ -7,6 +7,7 @@ plan, and the engine goes on. Called by engine.py once per step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvlite.models import Decoder, ForwardBatch, Probe, rows_to_the_end
+from kvlite.ops import Record
 from kvlite.reuse import LinkProbe, MethodTable, ScoreEntry, Tools
-from kvlite.runner.graphs import DecodeGraphs, Recorder
+from kvlite.runner.graphs import DecodeGraphs
 from kvlite.runner.kv_pool import KVPool
 from kvlite.runner.plan import Arena, Int32, Plan, SampleKind, Status, as_rows
 from kvlite.runner.sampler import RawLogprobs, Sampler
@@ -54,9 +56,11 @@ class ModelRunner:
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=decoder.device)
         self._graphs: DecodeGraphs | None = None
 
-    def record_graphs(self, recorder: Recorder) -> None:
-        """Decode batches are replayed from now on; after `Decoder.reserve`, before the first plan."""
-        self._graphs = DecodeGraphs(self.decoder, self.pool, self._last_token, recorder=recorder)
+    def record_graphs(self, record: Record, sizes: Sequence[int], *, lazily: bool = False) -> None:
+        """Decode batches of up to the largest of `sizes` rows, ascending, are replayed from now on; after
+        `Decoder.reserve`, before the first plan. `lazily`: each is recorded when it is first needed.
+        """
+        self._graphs = DecodeGraphs(self.decoder, self.pool, self._last_token, record, sizes, lazily=lazily)
 
     def run(self, arena: Arena, plan: Plan) -> RunResult:
         """Computes `plan`, which lies in `arena`, and completes it there. Never raises an Exception."""
@@ -108,7 +112,7 @@ class ModelRunner:
             seq_row = int(seq_rows[n])
             if seq_row in self.captured:
                 self.captured.remove(seq_row)
-                result.logits[seq_row] = logits[n].cpu().clone()
+                result.logits[seq_row] = logits[n].cpu().float().clone()
 
     def _probes(self, plan: Plan) -> list[Probe]:
         probes: list[Probe] = []

@@ -99,7 +99,7 @@ class Sampler:
         self._edited[row] = penalised or bool(params.logit_bias) or params.min_tokens > 0
 
     def sample(self, logits: torch.Tensor, rows: Int32, kinds: Int32, last_key: Int32) -> Sampled:
-        """One answer per row of `logits` [N, V] fp32, which is overwritten.
+        """One answer per row of `logits` [N, V], which may be overwritten; 16-bit ones are read as fp32.
 
         rows, kinds, last_key [N]: seq_row, SampleKind, and the key index of the token whose logits these are.
         """
@@ -107,9 +107,10 @@ class Sampler:
         sampling = kinds == SampleKind.SAMPLE
         asked = np.where(sampling, self._num_logprobs[rows], self._num_prompt_logprobs[rows])
         wanted = np.flatnonzero(asked >= 0)
-        raw = torch.log_softmax(logits[self._index(wanted)], dim=-1) if len(wanted) else None
+        raw = torch.log_softmax(logits[self._index(wanted)].float(), dim=-1) if len(wanted) else None
         edited = np.flatnonzero(self._edited[rows] & sampling)
         if len(edited):
+            logits = logits.float()
             self._edit(logits, edited, rows, positions)
         tokens = self._draw(logits, rows, positions, greedy=~sampling)
         targets = tokens.copy()

@@ -5,8 +5,8 @@
 //! alone: never on batch mates, chunking, block size or the number of threads.
 //!
 //! `element` (f32, bf16, f16) · `view` (checked strided views) · `lanes` (inner loops) · `isa` (instruction sets) ·
-//! `threads` (who computes which task) · `attention`, `key_mass`, `linear`, `place_kv`, `rms_norm`, `rope`, `silu_mul`,
-//! `store_kv` (the ops).
+//! `threads` (who computes which task) · `attention`, `key_mass`, `linear`, `place_kv`, `rms_norm`, `rope`, `sample`,
+//! `silu_mul`, `store_kv` (the ops).
 
 mod attention;
 mod element;
@@ -18,6 +18,7 @@ mod linear;
 mod place_kv;
 mod rms_norm;
 mod rope;
+mod sample;
 mod silu_mul;
 mod store_kv;
 mod threads;
@@ -33,6 +34,7 @@ pub use linear::{Linear, linear};
 pub use place_kv::{PlaceKv, place_kv};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::rope;
+pub use sample::{Sampling, sample};
 pub use silu_mul::silu_mul;
 pub use store_kv::store_kv;
 pub use threads::Threads;

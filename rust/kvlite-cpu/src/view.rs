@@ -64,6 +64,11 @@ impl<'a, E: Element> Rows<'a, E> {
         Ok(Rows { values, rows, heads, dim, row_stride })
     }
 
+    /// Elements of one row.
+    pub(crate) fn row_len(&self) -> usize {
+        self.heads * self.dim
+    }
+
     /// All heads of one row, [heads * dim].
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &'a [E] {

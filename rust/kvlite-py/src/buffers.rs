@@ -37,6 +37,11 @@ unsafe impl Stored for i32 {
     const NAME: &'static str = "int32";
 }
 // SAFETY: the same type.
+unsafe impl Stored for i64 {
+    type Raw = i64;
+    const NAME: &'static str = "int64";
+}
+// SAFETY: the same type.
 unsafe impl Stored for u8 {
     type Raw = u8;
     const NAME: &'static str = "uint8";

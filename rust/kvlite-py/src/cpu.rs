@@ -1,9 +1,8 @@
-//! The CPU ops for Python: NumPy arrays in, `kvlite_cpu` views out, the GIL released while they compute.
+//! The CPU ops for Python: NumPy arrays in, `kvlite_cpu` views out, handed to `tape::compute`.
 //!
 //! Owns how they compute (`EXEC`: instruction set and threads). Elements are float32, or uint16 with `dtype` naming the
 //! 16-bit format. A call costs a few microseconds beyond its work. Called by `kvlite.ops`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kvlite_cpu::{
@@ -13,7 +12,8 @@ use pyo3::prelude::*;
 use pyo3::wrap_pyfunction;
 
 use crate::buffers::{Array, Exclusive, Stored};
-use crate::errors::{Fault, from_cpu, invalid, panic_message};
+use crate::errors::invalid;
+use crate::tape::compute;
 
 static EXEC: RwLock<Option<Arc<Exec>>> = RwLock::new(None);
 
@@ -39,13 +39,6 @@ macro_rules! with_dtype {
     };
 }
 pub(crate) use with_dtype;
-
-/// Runs an op without the GIL and turns what can go wrong into exceptions.
-pub(crate) fn compute(py: Python<'_>, op: impl FnOnce() -> Result<(), kvlite_cpu::Error> + Send) -> PyResult<()> {
-    // Unwind safety: a panic leaves nothing behind but outputs half written.
-    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(op)));
-    outcome.map_err(|panic| Fault::new_err(panic_message(&*panic)))?.map_err(|error| from_cpu(&error))
-}
 
 fn cache_view<T: Stored + kvlite_cpu::Element>(array: &Array<T, 4>) -> Result<KvCache<'_, T>, kvlite_cpu::Error> {
     let [block, slot, head, _] = array.strides;
@@ -98,7 +91,7 @@ fn cpu_attention(
         seq_row: Array::new("seq_row", seq_row)?.packed_from(0)?,
         last_key: Array::new("last_key", last_key)?.packed_from(0)?,
     };
-    with_dtype!(dtype, run_attention(q, k_cache, v_cache, &ints, scale, window, out, lse))
+    with_dtype!(dtype, run_attention(q, k_cache, v_cache, ints, scale, window, out, lse))
 }
 
 struct AttentionInts {
@@ -114,7 +107,7 @@ fn run_attention<T: Stored + kvlite_cpu::Element>(
     q: Object<'_, '_>,
     k_cache: Object<'_, '_>,
     v_cache: Object<'_, '_>,
-    ints: &AttentionInts,
+    ints: AttentionInts,
     scale: f32,
     window: usize,
     out: Object<'_, '_>,
@@ -132,8 +125,7 @@ fn run_attention<T: Stored + kvlite_cpu::Element>(
     let mut out = out.exclusive(&others)?;
     others.pop();
     let mut lse = lse.exclusive(&others)?;
-    let exec = exec();
-    compute(py, || {
+    compute(py, move |exec| {
         let args = Attention {
             q: rows_view(&q)?,
             k_cache: cache_view(&k_cache)?,
@@ -150,7 +142,7 @@ fn run_attention<T: Stored + kvlite_cpu::Element>(
         let mut out = RowsMut::new("out", out.slice(), shape, row)?;
         let ([rows, heads], [row, _]) = lse.layout();
         let mut lse = RowsMut::new("lse", lse.slice(), [rows, heads, 1], row)?;
-        kvlite_cpu::attention(&exec, &args, &mut out, &mut lse)
+        kvlite_cpu::attention(exec, &args, &mut out, &mut lse)
     })
 }
 
@@ -166,7 +158,7 @@ fn cpu_store_kv(
     dtype: &str,
 ) -> PyResult<()> {
     let slot_mapping = Array::new("slot_mapping", slot_mapping)?.packed_from(0)?;
-    with_dtype!(dtype, run_store_kv(k, v, k_cache, v_cache, &slot_mapping))
+    with_dtype!(dtype, run_store_kv(k, v, k_cache, v_cache, slot_mapping))
 }
 
 fn run_store_kv<T: Stored + kvlite_cpu::Element>(
@@ -174,7 +166,7 @@ fn run_store_kv<T: Stored + kvlite_cpu::Element>(
     v: Object<'_, '_>,
     k_cache: Object<'_, '_>,
     v_cache: Object<'_, '_>,
-    slot_mapping: &Array<i32, 1>,
+    slot_mapping: Array<i32, 1>,
 ) -> PyResult<()> {
     let py = k.py();
     let k = Array::<T, 3>::new("k", k)?.packed_from(1)?;
@@ -182,7 +174,7 @@ fn run_store_kv<T: Stored + kvlite_cpu::Element>(
     let inputs = [k.span(), v.span(), slot_mapping.span()];
     let k_cache = Array::<T, 4>::new("k_cache", k_cache)?.packed_from(3)?.exclusive(&inputs)?;
     let v_cache = Array::<T, 4>::new("v_cache", v_cache)?.packed_from(3)?.exclusive(&inputs)?;
-    compute(py, || {
+    compute(py, move |_| {
         let (k_cells, v_cells) = (cell_view("k_cache", &k_cache)?, cell_view("v_cache", &v_cache)?);
         kvlite_cpu::store_kv(&rows_view(&k)?, &rows_view(&v)?, &k_cells, &v_cells, slot_mapping.slice())
     })
@@ -206,28 +198,27 @@ fn cpu_place_kv(
         Array::new("positions", positions)?.packed_from(0)?,
     ];
     let tables = [Array::with_heads("cos", cos)?.packed_from(1)?, Array::with_heads("sin", sin)?.packed_from(1)?];
-    with_dtype!(dtype, run_place_kv(kv_pool, &ints, &tables))
+    with_dtype!(dtype, run_place_kv(kv_pool, ints, tables))
 }
 
 fn run_place_kv<T: Stored + kvlite_cpu::Element>(
     kv_pool: Object<'_, '_>,
-    [source_slot, target_slot, positions]: &[Array<i32, 1>; 3],
-    [cos, sin]: &[Array<f32, 3>; 2],
+    [source_slot, target_slot, positions]: [Array<i32, 1>; 3],
+    [cos, sin]: [Array<f32, 3>; 2],
 ) -> PyResult<()> {
     let py = kv_pool.py();
     let read = [source_slot.span(), target_slot.span(), positions.span(), cos.span(), sin.span()];
     let mut kv_pool = Array::<T, 6>::new("kv_pool", kv_pool)?.packed_from(0)?.exclusive(&read)?;
-    let exec = exec();
-    compute(py, || {
+    compute(py, move |exec| {
         let args = PlaceKv {
             source_slot: source_slot.slice(),
             target_slot: target_slot.slice(),
             positions: positions.slice(),
-            cos: rows_view(cos)?,
-            sin: rows_view(sin)?,
+            cos: rows_view(&cos)?,
+            sin: rows_view(&sin)?,
         };
         let (shape, _) = kv_pool.layout();
-        kvlite_cpu::place_kv(&exec, &args, &mut PoolMut::new("kv_pool", kv_pool.slice(), shape)?)
+        kvlite_cpu::place_kv(exec, &args, &mut PoolMut::new("kv_pool", kv_pool.slice(), shape)?)
     })
 }
 
@@ -253,7 +244,7 @@ fn cpu_key_mass(
         rows: Array::new("rows", rows)?.packed_from(0)?,
         last_key: Array::new("last_key", last_key)?.packed_from(0)?,
     };
-    with_dtype!(dtype, run_key_mass(q, lse, k_cache, &ints, start..end, scale, out))
+    with_dtype!(dtype, run_key_mass(q, lse, k_cache, ints, start..end, scale, out))
 }
 
 struct KeyMassInts {
@@ -266,7 +257,7 @@ fn run_key_mass<T: Stored + kvlite_cpu::Element>(
     q: Object<'_, '_>,
     lse: Object<'_, '_>,
     k_cache: Object<'_, '_>,
-    ints: &KeyMassInts,
+    ints: KeyMassInts,
     keys: std::ops::Range<usize>,
     scale: f32,
     out: Object<'_, '_>,
@@ -279,8 +270,7 @@ fn run_key_mass<T: Stored + kvlite_cpu::Element>(
     let KeyMassInts { block_table, rows, last_key } = ints;
     let read = [q.span(), lse.span(), k_cache.span(), block_table.span(), rows.span(), last_key.span()];
     let mut out = out.exclusive(&read)?;
-    let exec = exec();
-    compute(py, || {
+    compute(py, move |exec| {
         let [num_rows, heads] = lse.shape;
         let args = KeyMass {
             q: rows_view(&q)?,
@@ -290,9 +280,9 @@ fn run_key_mass<T: Stored + kvlite_cpu::Element>(
             rows: rows.slice(),
             last_key: last_key.slice(),
             scale,
-            keys,
+            keys: keys.clone(),
         };
-        kvlite_cpu::key_mass(&exec, &args, out.slice())
+        kvlite_cpu::key_mass(exec, &args, out.slice())
     })
 }
 

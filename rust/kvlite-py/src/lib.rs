@@ -1,7 +1,7 @@
 //! `kvlite._core`: the names that Python sees, and nothing else.
 //!
-//! `core` (the scheduler behind a lock) · `cpu` (the ops over the paged cache) · `dense` (the ops over rows) · `buffers` (Python memory as checked slices; the one place with
-//! `unsafe`) · `mover`, `owner`, `frames` (the machines that move requests, and what they say) · `reuse` (blends and segments as Python sees them) · `migration` (moving a request) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
+//! `core` (the scheduler behind a lock) · `cpu` (the ops over the paged cache) · `dense` (the ops over rows) · `tape` (ops kept to be
+//! computed again) · `buffers` (Python memory as checked slices; the one place with `unsafe`) · `mover`, `owner`, `frames` (the machines that move requests, and what they say) · `reuse` (blends and segments as Python sees them) · `migration` (moving a request) · `errors` (which exception each error becomes). The stub is `python/kvlite/_core.pyi`; a test compares them.
 
 mod buffers;
 mod core;
@@ -13,6 +13,7 @@ mod migration;
 mod mover;
 mod owner;
 mod reuse;
+mod tape;
 
 use pyo3::prelude::*;
 
@@ -23,6 +24,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     cpu::register(module)?;
     dense::register(module)?;
     frames::register(module)?;
+    module.add_class::<tape::Tape>()?;
     module.add_class::<mover::Mover>()?;
     module.add_class::<owner::Owner>()
 }

@@ -6,4 +6,5 @@ mod linear;
 mod oracle;
 mod place_kv;
 mod rows;
+mod sample;
 mod store_kv;
