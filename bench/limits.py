@@ -6,9 +6,9 @@ there), so the buffer has the size of the model's weights. With many rows each w
 rate of multiply-adds; in between neither is sharp, and the limit is what the best matrix product loop reaches at just
 these shapes with just so many rows, its weights far enough apart that no cache holds them between two uses.
 
-Each figure is the best repetition of the best loop: torch and numpy for reads; torch with weights as stored and
-transposed, and kvlite's own op, for products. A loop that beats its limit proves the limit wrong: a share above 1
-stops the scenario. Every product is checked against float64 before it is timed.
+Each figure is the best repetition of the best loop: torch, numpy and kvlite's product of one row for reads; torch with
+weights as stored and transposed, and kvlite's own op, for products. A loop that beats its limit proves the limit wrong:
+a share above 1 stops the scenario. Every product is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ class Limits:
 def use_threads(threads: int) -> None:
     """Torch and kvlite's own kernels run with so many threads from now on."""
     torch.set_num_threads(threads)
-    _core.cpu_set_num_threads(threads)
+    if _core.cpu_num_threads() != threads:  # setting them starts new ones
+        _core.cpu_set_num_threads(threads)
 
 
 def read_loops(size: int, threads: int) -> dict[str, Callable[[], object]]:
@@ -180,11 +181,15 @@ def read_loops(size: int, threads: int) -> dict[str, Callable[[], object]]:
     vector = torch.ones(1024)
     parts = np.array_split(buffer.numpy().view(np.int32), threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    linear = select(torch.device("cpu")).linear
+    weights = buffer.view(torch.bfloat16)[: buffer.numel() // 1024 * 2048].view(-1, 2048)
+    x, out = torch.ones(1, 2048, dtype=torch.bfloat16), torch.empty(1, len(weights), dtype=torch.bfloat16)
 
     def numpy_or() -> int:
         return int(np.bitwise_or.reduce(list(pool.map(np.bitwise_or.reduce, parts))))
 
     return {
+        "kvlite": partial(linear, x, weights, None, out),
         "torch sum": partial(torch.sum, buffer),
         "torch mv": partial(torch.mv, rows, vector),
         "torch amax": partial(torch.amax, buffer),

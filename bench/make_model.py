@@ -224,8 +224,9 @@ def available_bytes() -> int:
 def make(shape: Shape, folder: Path, *, seed: int = 0, progress: bool | None = None) -> None:
     """Writes the whole model directory. Raises BenchError for a shape that is inconsistent or too large."""
     check(shape)
+    disk = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    check_fits(shape, folder, available_bytes(), shutil.disk_usage(disk).free)
     folder.mkdir(parents=True, exist_ok=True)
-    check_fits(shape, folder, available_bytes(), shutil.disk_usage(folder).free)
     (folder / "config.json").write_text(json.dumps(config(shape), indent=1))
     special = {"bos_token_id": SPECIALS.index("<|bos|>"), "eos_token_id": END, "pad_token_id": 0, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(special, indent=1))

@@ -54,7 +54,12 @@ def main(arguments: list[str]) -> int:
     config, _family = load_config(directory)
     dtype = torch_dtype(options.dtype)
     room = config.max_position_embeddings
-    lengths = [length for length in integers("--lengths", options.lengths) if length < room]
+    lengths: list[int] = []
+    for length in integers("--lengths", options.lengths):
+        if length < room:
+            lengths.append(length)
+        else:
+            print(f"{length} tokens are left out: the model has {room} positions")
     if not lengths:
         raise BenchError(f"--lengths {options.lengths}: none is below the {room} positions of the model")
     figures: dict[str, Any] = origin() | {"model": directory.name, "dtype": str(dtype).removeprefix("torch.")}

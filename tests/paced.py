@@ -57,6 +57,17 @@ class Paced:
             await self.step()
         return await task
 
+    async def drive(self, wanted: Awaitable[T]) -> T:
+        """As `until`, but what is awaited may end all work: it is waited for without a plan, too."""
+        task = asyncio.ensure_future(wanted)
+        while not task.done():
+            self._stopped = self._stopped or self._arrived.acquire(blocking=False)
+            if self._stopped:
+                self._stopped = False
+                self._allowed.release()
+            await asyncio.sleep(0)
+        return await task
+
     def open(self) -> None:
         """Lets the engine run freely again."""
         self._open = True

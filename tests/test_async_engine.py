@@ -237,15 +237,15 @@ def test_a_failed_step_is_an_error_for_its_streams_only(monkeypatch: pytest.Monk
         async with serving() as served:
             expected = await served.generate(ids(10), GREEDY)
             decoder = served._engine._runner.decoder
-            forward, failed = decoder.forward, threading.Event()
+            embed, failed = decoder.embed, threading.Event()
 
             def once(*args: Any) -> Any:
                 if failed.is_set():
-                    return forward(*args)
+                    return embed(*args)
                 failed.set()
                 raise RuntimeError("on purpose")
 
-            monkeypatch.setattr(decoder, "forward", once)
+            monkeypatch.setattr(decoder, "embed", once)
             deltas = await collect(served.stream(ids(10, 4), GREEDY))
             assert deltas[-1].finish_reason is FinishReason.ERROR and "on purpose" in (deltas[-1].error or "")
             assert essence(await served.generate(ids(10), GREEDY)) == essence(expected)

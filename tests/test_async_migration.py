@@ -308,8 +308,12 @@ async def move(source: AsyncEngine, target: AsyncEngine, stream: RawStream, num_
     return moved
 
 
-@pytest.mark.parametrize("at", range(0, 24, 3))
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "two choices, log-probabilities"])
+@pytest.mark.parametrize("at", range(0, 61, 6))
+@pytest.mark.parametrize(
+    "params",
+    [replace(GREEDY, max_tokens=60), replace(SEEDED, max_tokens=60)],
+    ids=["greedy", "two choices, log-probabilities"],
+)
 def test_a_raw_stream_moves_between_two_served_engines(at: int, params: SamplingParams) -> None:
     async def main() -> None:
         async with serving() as here, serving() as there:
@@ -321,12 +325,10 @@ def test_a_raw_stream_moves_between_two_served_engines(at: int, params: Sampling
                 await pace.step()
             before: list[Delta] = []
             reading = asyncio.create_task(collect(stream, before))
-            moving = asyncio.create_task(move(here, there, stream, params.n))
-            pace.open()
             try:
-                moved = await moving
+                moved = await pace.drive(move(here, there, stream, params.n))
             except InvalidRequestError as error:
-                assert "ended" in str(error) and at > 15
+                assert "ended" in str(error) and at > 40, "a move takes a few steps"
                 await reading
                 return
             await reading

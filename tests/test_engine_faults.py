@@ -182,7 +182,7 @@ def test_a_step_that_fails_ends_its_requests_with_an_error_and_the_engine_goes_o
         victims = [made.add(ids(10, seed), GREEDY) for seed in range(3)]
         made.step()
         with monkeypatch.context() as patch:
-            patch.setattr(made._runner.decoder, "forward", lambda *_: 1 / 0)
+            patch.setattr(made._runner.decoder, "embed", lambda *_: 1 / 0)
             deltas = made.step()
         assert sorted(delta.handle for delta in deltas) == victims
         assert {delta.finish_reason for delta in deltas} == {FinishReason.ERROR}
@@ -245,7 +245,7 @@ def test_ctrl_c_in_a_step_loses_nothing_of_the_others(where: str, monkeypatch: p
             if where == "core":
                 patch.setattr(made, "_core", Interrupting(made._core))
             else:
-                patch.setattr(made._runner.decoder, "forward", lambda *_: signal.raise_signal(signal.SIGINT))
+                patch.setattr(made._runner.decoder, "embed", lambda *_: signal.raise_signal(signal.SIGINT))
             list(stopped)
         rest = list(other)
         assert tuple(id for delta in [shown[0], *rest] for id in delta.token_ids) == expected[1].token_ids
@@ -264,7 +264,7 @@ def test_ctrl_c_in_a_list_ends_it_and_leaves_the_engine_usable(where: str, monke
             if where == "core":
                 patch.setattr(made, "_core", Interrupting(made._core))
             else:
-                patch.setattr(made._runner.decoder, "forward", lambda *_: signal.raise_signal(signal.SIGINT))
+                patch.setattr(made._runner.decoder, "embed", lambda *_: signal.raise_signal(signal.SIGINT))
             made.generate(prompts, GREEDY)
         assert [essence(output) for output in made.generate(prompts, GREEDY)] == [essence(each) for each in expected]
         assert made.step() == [] and made.num_unfinished == 0 and made._boxes == {}
@@ -283,6 +283,6 @@ def test_a_core_that_plans_nothing_for_ever_is_reported(monkeypatch: pytest.Monk
 def test_the_start_says_what_fits_and_how_long_each_phase_took(one: Engine) -> None:
     rows = dict(one.startup.rows())
     assert "tokens" in rows["fits"] and "blocks of 16 tokens" in rows["KV cache"]
-    assert list(one.startup.phase_s) == ["tokenizer", "weights", "KV cache"]
+    assert list(one.startup.phase_s) == ["tokenizer", "weights", "KV cache", "decode graphs"]
     assert one.startup.kv_tokens == one.limits.pool_tokens
     assert isinstance(one.config, EngineConfig)

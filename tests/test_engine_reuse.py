@@ -297,7 +297,7 @@ def test_a_failed_step_ends_its_blends_with_an_error_and_the_next_ones_are_right
             handle = shipped.add_validated(request)
             deltas = [delta for _ in range(steps) for delta in shipped.step()]
             with monkeypatch.context() as patch:
-                patch.setattr(shipped._runner.decoder, "forward", lambda *_: 1 / 0)
+                patch.setattr(shipped._runner.decoder, "embed", lambda *_: 1 / 0)
                 deltas += shipped.step()
             for _ in range(20):
                 deltas += shipped.step()

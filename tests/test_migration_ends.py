@@ -243,7 +243,7 @@ def test_a_failed_step_after_a_move_ends_its_batch_alone(
     def fails(*args: Any) -> Any:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(decoder, "forward", fails)
+    monkeypatch.setattr(decoder, "embed", fails)
     if victim is not None:
         assert list(victim)[-1].finish_reason is FinishReason.ERROR
         monkeypatch.undo()

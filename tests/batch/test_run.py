@@ -164,7 +164,7 @@ def test_a_failed_step_is_an_answer_with_500_and_the_batch_goes_on(
         num_calls += 1
         if num_calls == 4:
             with monkeypatch.context() as patch:
-                patch.setattr(made._runner.decoder, "forward", lambda *_: 1 / 0)
+                patch.setattr(made._runner.decoder, "embed", lambda *_: 1 / 0)
                 forward(made)
         else:
             forward(made)

@@ -101,8 +101,7 @@ def test_the_kernel_clock_counts_products_and_ops_and_leaves_no_trace(
     with kernel_clock() as clock, opened(Setup(folders[0], "float32", 1, 2, 100)) as engine:
         monkeypatch.setattr(embedded.time, "perf_counter", lambda: float(next(times)))
         decode_steps(engine, prompts(load_config(folders[0])[0], 1, 8, seed=0), 3, clock)
-    # Per layer 4 products, 2 norms, rope, store_kv, attention, silu_mul; the last norm, the head and the sampling.
-    assert clock.seconds == 3 * (2 * 10 + 3)
+    assert clock.seconds == 3 * 3, "one replay, the head and the sampling"
     assert startup.select is before
 
 

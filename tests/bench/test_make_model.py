@@ -98,6 +98,13 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_is_written(memory:
         check_fits(SHAPES["qwen2-0.5b"], Path("model"), memory, disk)
 
 
+def test_a_model_that_is_refused_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_model, "available_bytes", lambda: 1000)
+    with pytest.raises(BenchError, match="of memory"):
+        make_model.make(TINY, tmp_path / "deep" / "model")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -1,9 +1,9 @@
 """`DecodeGraphs`: forward passes of decode batches, recorded once per size and replayed by one launch or one call.
 
-A decode step of an 8B model is some 300 launches, each shorter than the host takes to make the next; a replay is one: of
-a CUDA graph, or of a tape of CPU ops. Holds graphs for some batch sizes and the buffers that they read; takes plans in
-which every sequence has one row and nothing watches it, refuses all others. A padding row has the reserved row of the
-block table, sees no key and stores none. Embeddings come before a replay, logits and samples behind it. Called by
+A decode step of an 8B model is some 300 launches, each shorter than the host takes to make the next; a replay is one:
+of a CUDA graph, or of a tape of CPU ops. Holds graphs for some batch sizes and the buffers that they read; takes plans
+in which every sequence has one row and nothing watches it, refuses all others. A padding row has the reserved row of
+the block table, sees no key and stores none. Embeddings come before a replay, logits and samples behind it. Called by
 model_runner.py.
 """
 
