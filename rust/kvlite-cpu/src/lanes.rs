@@ -4,6 +4,7 @@
 //! compiled for; all are `inline(always)` into `by_isa!` bodies. Every sum has one order, given by indices alone:
 //! dot products add lane-wise and then as a tree, values add key by key. Vectors are padded to `LANES` by the caller.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use crate::Element;
@@ -47,6 +48,21 @@ pub(crate) fn widen<E: Element>(source: &[E], target: &mut [f32]) {
         *t = s.to_f32();
     }
     tail.fill(0.0);
+}
+
+/// Whole lanes of cells, as f32.
+#[inline(always)]
+pub(crate) fn read<E: Element>(cells: &[Cell<E>; LANES]) -> Lane {
+    std::array::from_fn(|i| cells[i].get().to_f32())
+}
+
+/// Writes whole lanes, each rounded once.
+#[inline(always)]
+pub(crate) fn write<E: Element>(cells: &[Cell<E>; LANES], lanes: Lane) {
+    let rounded = lanes.map(E::from_f32);
+    for (cell, value) in cells.iter().zip(rounded) {
+        cell.set(value);
+    }
 }
 
 /// e^x within 2e-7 relative (measured in the tests); 0 below -87.3, infinity above 88.3, NaN stays NaN.

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::error::expect_len;
 use crate::isa::by_isa;
+use crate::lanes::{LANES, Lane, read, write};
 use crate::view::by_row;
 use crate::{Element, Error, Exec, Rows, RowsCells};
 
@@ -71,11 +72,19 @@ fn rotate_body<E: Element, const FUSED: bool>(
         let (cos, sin) = (cos.row(position), sin.row(position)); // checked by `rope`
         for head in 0..x.heads {
             let (low, high) = x.head(row, head)[..2 * cos.len()].split_at(cos.len());
+            // Whole lanes are read before any is written: cells may share memory, which forbids LLVM to do so by itself.
+            let ((lows, low), (highs, high)) = (low.as_chunks(), high.as_chunks());
+            let ((cosines, cos), (sines, sin)) = (cos.as_chunks::<LANES>(), sin.as_chunks::<LANES>());
+            for (((low, high), cos), sin) in lows.iter().zip(highs).zip(cosines).zip(sines) {
+                let (a, b): (Lane, Lane) = (read(low), read(high));
+                let turned: [(f32, f32); LANES] = std::array::from_fn(|i| turn(a[i], b[i], cos[i], sin[i]));
+                write(low, turned.map(|(a, _)| a));
+                write(high, turned.map(|(_, b)| b));
+            }
             for (((low, high), &cos), &sin) in low.iter().zip(high).zip(cos).zip(sin) {
-                let (a, b) = (low.get().to_f32(), high.get().to_f32());
-                let (turned_a, turned_b) = turn(a, b, cos, sin);
-                low.set(E::from_f32(turned_a));
-                high.set(E::from_f32(turned_b));
+                let (a, b) = turn(low.get().to_f32(), high.get().to_f32(), cos, sin);
+                low.set(E::from_f32(a));
+                high.set(E::from_f32(b));
             }
         }
     }

@@ -94,13 +94,9 @@ fn check<E: Element>() {
         for seed in [0, -5, 1 << 40] {
             let tokens = run(&exec, &logits, stride, &CHOICES, seed);
             for (row, (&token, &choice)) in tokens.iter().zip(&CHOICES).enumerate() {
-                let line: Vec<f64> =
-                    logits[row * stride..][..VOCAB].iter().map(|x| f64::from(x.to_f32())).collect();
-                let scores = if choice.temperature > 0.0 {
-                    scores(&line, choice, seed, (row as i64) << 33 | 7)
-                } else {
-                    line
-                };
+                let line: Vec<f64> = logits[row * stride..][..VOCAB].iter().map(|x| f64::from(x.to_f32())).collect();
+                let scores =
+                    if choice.temperature > 0.0 { scores(&line, choice, seed, (row as i64) << 33 | 7) } else { line };
                 let best = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 assert!(scores[token as usize] >= best - NEAR, "{:?} row {row}, seed {seed}: {choice:?}", exec.isa);
                 if choice.temperature == 0.0 {
