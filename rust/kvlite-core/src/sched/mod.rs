@@ -3,10 +3,11 @@
 //! Owns nothing: pure functions over numbers that `core` gathers. Knows neither blocks by name nor plans nor time.
 //! Sources: chunked prefill beside decodes, Sarathi-Serve (arXiv 2403.02310); memory-centric admission, BatchLLM
 //! (arXiv 2412.03594). Called by `core::schedule` and `core::admit`. Beside it: `migrate`, the protocol that moves requests
-//! between engines, its `frames`, and `cost`.
+//! between engines, its `frames`, and `cost`; `groups`, who shares a prefix; `policy`, who comes first.
 
 pub mod cost;
 pub mod frames;
+pub mod groups;
 pub mod migrate;
 pub mod policy;
 
