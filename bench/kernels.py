@@ -65,13 +65,14 @@ class Clock:
         self._threads = threads
         self._budget_s = budget_s
         is_cuda = make.device.type == "cuda"
-        side, width, outputs = 8192 if is_cuda else 1024, make.shape.hidden_size, 2 * make.shape.intermediate_size
-        square, rows, weight = make.normal(side, side), make.normal(512, width), make.normal(width, outputs)
+        side, num_rows = (8192, 8192) if is_cuda else (1024, 512)
+        width, outputs = make.shape.hidden_size, 2 * make.shape.intermediate_size
+        square, rows, weight = make.normal(side, side), make.normal(num_rows, width), make.normal(width, outputs)
         stored = weight.t().contiguous()
         self._products: list[tuple[float, Callable[[], object]]] = [
             (2.0 * side**3, lambda: torch.mm(square, square)),
-            (2.0 * 512 * width * outputs, lambda: torch.mm(rows, weight)),
-            (2.0 * 512 * width * outputs, lambda: torch.mm(rows, stored.t())),
+            (2.0 * num_rows * width * outputs, lambda: torch.mm(rows, weight)),
+            (2.0 * num_rows * width * outputs, lambda: torch.mm(rows, stored.t())),
         ]
         self._evicting = torch.empty(EVICTING_BYTES if is_cuda else 0, dtype=torch.uint8, device=make.device)
         self.flop_rate = 0.0
@@ -118,8 +119,9 @@ class Clock:
 
     def _measured_read_rate(self, size: int) -> float:
         if self.device.type == "cuda":
-            source = torch.ones(size // 4, device=self.device)
-            return max(self.copy_rate(size), size / self.seconds(source.sum))
+            rows = torch.ones(size // 8192, 4096, dtype=torch.bfloat16, device=self.device)
+            loops = (rows.sum, lambda: torch.mv(rows, rows[0]))
+            return max(self.copy_rate(size), *(size / self.seconds(loop) for loop in loops))
         loops = read_loops(size, self._threads).values()
         return size / min(best_s(loop, self._budget_s) for loop in loops)
 

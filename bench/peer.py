@@ -1,7 +1,7 @@
 """transformers as a peer in this process: loaded, held against greedy tokens, its decode steps and prompts timed.
 
 Owns no figure. Greedy tokens agree when they are equal, or part at a place where the peer itself has both tokens within
-rounding of each other. Without the package nothing of it can be had: `load` and `of_weights` raise BenchError.
+rounding of each other. Without the package nothing of it can be had: `load` and `of_weights` raise MissingError.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import BenchError
+from .errors import BenchError, MissingError
 
 PEER_STEPS = 4
 TIE = {torch.float32: 1e-3, torch.bfloat16: 2.5e-1, torch.float16: 5e-2}
@@ -21,7 +21,7 @@ TIE = {torch.float32: 1e-3, torch.bfloat16: 2.5e-1, torch.float16: 5e-2}
 
 
 def load(directory: Path, dtype: torch.dtype) -> Any:
-    """The model of a directory. Raises BenchError when the package is not here."""
+    """The model of a directory. Raises MissingError when the package is not here."""
     peers = _package()
     return peers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
 
@@ -29,7 +29,7 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
 def of_weights(values: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
     """The model that config.json's `values` describe over weights that lie in memory already, without a copy of them.
 
-    Raises BenchError when the package is not here, or when it knows other names or shapes of weights.
+    Raises MissingError when the package is not here, BenchError when it knows other names or shapes of weights.
     """
     peers = _package()
     some = next(iter(weights.values()))
@@ -41,15 +41,16 @@ def of_weights(values: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -
     except RuntimeError as error:
         raise BenchError(f"transformers cannot take these weights: {error}") from None
     # Its frequencies are no weights, and were made where there is no memory.
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config=peer.config, device=some.device)
+    with some.device:
+        peer.model.rotary_emb = type(peer.model.rotary_emb)(config=peer.config)
     return peer.eval()
 
 
 def _package() -> Any:
     try:
         import transformers
-    except ModuleNotFoundError:
-        raise BenchError("no figure without a correctness gate, which needs: pip install transformers") from None
+    except ImportError:
+        raise MissingError("no figure without a correctness gate, which needs: pip install transformers") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

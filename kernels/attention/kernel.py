@@ -236,9 +236,9 @@ def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, i
 def decode_config(dtype: torch.dtype, head_dim: int, group: int, windowed: bool) -> dict[str, int]:
     """Tile and launch sizes of `decode_kernel`; BLOCK_N divides SPLIT.
 
-    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. The window's mask and wide
-    heads need registers that only the smaller tile has to spare: at head dim 128 the larger one spills under Triton 3.6,
-    and three of its programs fit on a multiprocessor where four of the smaller one do.
+    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. The window's mask and
+    wide heads need registers that only the smaller tile has to spare: at head dim 128 the larger one spills under
+    Triton 3.6, and three of its programs fit on a multiprocessor where four of the smaller one do.
     """
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32 or head_dim > 128:
