@@ -33,8 +33,8 @@ SMALLEST_READ = 1 << 20
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 MORE_TURNS = 3
 CUDA_CALLS = 20
-EVICTING_BYTES = 512 << 20
-"""Written between two calls: ten times the cache of an H200, and longer than the host takes for a launch."""
+EVICTING_BYTES = 1 << 30
+"""Read between two calls: twenty times the cache of an H200, and longer than the host takes for its launches."""
 LARGE_READ = 2 << 30
 
 
@@ -74,7 +74,7 @@ class Clock:
             (2.0 * num_rows * width * outputs, lambda: torch.mm(rows, weight)),
             (2.0 * num_rows * width * outputs, lambda: torch.mm(rows, stored.t())),
         ]
-        self._evicting = torch.empty(EVICTING_BYTES if is_cuda else 0, dtype=torch.uint8, device=make.device)
+        self._evicting = torch.zeros(EVICTING_BYTES // 4 if is_cuda else 0, device=make.device)
         self.flop_rate = 0.0
         self._read_rates: dict[int, float] = {}
         self._fresh: set[int] = set()
@@ -90,8 +90,8 @@ class Clock:
     def seconds(self, run: Callable[[], object]) -> float:
         """The best call on a CPU; on a GPU the median by the device's own clock, with nothing in its cache.
 
-        Filling the cache with something else takes the device longer than the host needs for a launch: so the time is
-        that of the kernels, not of the host.
+        Something else is read into the cache (written, it would still have to leave it during the call). That takes the
+        device longer than the host needs for a launch: so the time is that of the kernels, not of the host.
         """
         if self.device.type != "cuda":
             return best_s(run, self._budget_s)
@@ -99,7 +99,7 @@ class Clock:
         pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for _ in range(CUDA_CALLS):
             pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._evicting.zero_()
+            self._evicting.sum()
             pairs[-1][0].record()
             run()
             pairs[-1][1].record()
