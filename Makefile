@@ -32,7 +32,11 @@ KVLITE_STEPS ?= 2000
 KVLITE_MOVES ?= 10000
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-rust test-python lint format bench peers soak build clean lines constraints
+# make gpu: the interpreter of a machine that may have neither Rust nor .venv, and options of `python -m bench gpu`.
+GPU_PYTHON ?= $(or $(PYTHON),python3)
+GPU_ARGS ?=
+
+.PHONY: help demo test test-rust test-python lint format bench gpu peers soak build clean lines constraints
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -66,6 +70,9 @@ format: build ## rewrite sources as ruff and rustfmt want them
 
 bench: build ## speed of the core, from Rust and through PyO3; ends in one JSON line
 	@$(PY) -m bench core
+
+gpu: ## on a GPU: every kernel right, then decode and prefill of an 8B shape against floors; torch and triton suffice
+	@PYTHONPATH=python$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m bench gpu --save $(GPU_ARGS)
 
 peers: build ## vLLM and llama.cpp in environments of their own (.peers, 7 GB), for: python -m bench compare
 	@$(PY) -m bench install-peers

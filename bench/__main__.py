@@ -16,6 +16,7 @@ BENCHMARKS = {
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
     "quality": "answers and time to the first token of blended reuse, by method and recompute ratio",
     "kernels": "each op on each backend, as shares of its bound",
+    "gpu": "the GPU side in one command: kernels against references, decode and prefill of an 8B shape against floors",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",
     "compare": "kvlite and its peers side by side, each in its own environment",
     "install-peers": "vLLM and llama.cpp, each in an environment of its own, for compare",

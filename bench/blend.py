@@ -30,7 +30,7 @@ from kvlite.models import ModelConfig, load_config
 from kvlite.reuse.registry import METHODS
 from kvlite.reuse_types import Reuse
 
-from . import blend_serving
+from . import blend_serving, peer
 from .blending import (
     DOCUMENT_LEN,
     HEAD_LEN,
@@ -45,7 +45,7 @@ from .blending import (
     vocabulary,
     warm,
 )
-from .embedded import Setup, gate, load_transformers, opened
+from .embedded import Setup, gate, opened
 from .errors import BenchError
 from .options import add_model_options, integers, model_directory, torch_dtype
 from .report import finish, origin
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> int:
     figures: dict[str, Any] = origin() | {"model": directory.name, "dtype": str(dtype).removeprefix("torch.")}
     figures |= {"threads": options.threads, "rounds": options.rounds, "document_len": DOCUMENT_LEN}
     with engine_of(directory, options, max(lengths)) as engine:
-        figures["gate_tokens"] = gate(engine, load_transformers(directory, dtype), config)
+        figures["gate_tokens"] = gate(engine, peer.load(directory, dtype), config)
         print(f"check: {figures['gate_tokens']} greedy tokens as transformers'")
         for length in lengths if "ttft" in options.parts else []:
             figures |= measure(engine, config, ways, length, options.rounds)

@@ -15,23 +15,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from kvlite import Engine
 from kvlite.models import ModelConfig, load_config
 
-from .embedded import KernelClock, Setup, decode_steps, gate, kernel_clock, load_transformers, opened, prompts
+from . import peer
+from .embedded import KernelClock, Setup, decode_steps, gate, kernel_clock, opened, prompts
 from .errors import BenchError
 from .limits import Limits, kv_bytes_per_token, share
 from .options import add_model_options, integers, model_directory, pairs, torch_dtype
 from .report import finish, origin
 
 ROUNDS = 3
-PEER_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -52,24 +49,6 @@ def floor_s(limits: Limits, point: Point, kv_bytes: int, num_steps: int) -> floa
     return limits.decode_s(point.batch, point.batch * (point.context + num_steps // 2) * kv_bytes)
 
 
-def peer_step_s(peer: Any, batch: list[list[int]]) -> float:
-    """Seconds of one decode step of transformers' generate with a static cache: longer run minus shorter run."""
-
-    def run(num_tokens: int) -> float:
-        start = time.perf_counter()
-        out = peer.generate(
-            torch.tensor(batch), attention_mask=torch.ones(len(batch), len(batch[0]), dtype=torch.int64),
-            max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, cache_implementation="static",
-            disable_compile=True, pad_token_id=0,
-        )  # fmt: skip
-        elapsed = time.perf_counter() - start
-        if out.shape[1] != len(batch[0]) + num_tokens:
-            raise BenchError(f"transformers gave {out.shape[1] - len(batch[0])} of {num_tokens} tokens")
-        return elapsed
-
-    return max(run(2 + PEER_STEPS) - run(2), 1e-9) / PEER_STEPS
-
-
 def measure(
     engine: Engine, limits: Limits, peers: dict[int, Any], points: list[Point], num_steps: int
 ) -> dict[str, Any]:
@@ -88,7 +67,7 @@ def measure(
             floor = min(floor or now, now)
             times.append(statistics.median(decode_steps(engine, batch, num_steps, KernelClock())))
             if point.batch in peers and point in first_of_each_batch(points):
-                peer_times.append(peer_step_s(peers[point.batch], batch))
+                peer_times.append(peer.step_s(peers[point.batch], batch))
         step_of[point] = step = statistics.median(times)
         found = share(f"a step at batch {point.batch}, context {point.context},", floor, step)
         figures |= {
@@ -176,10 +155,10 @@ def main(arguments: list[str]) -> int:
     setup = Setup(directory, options.dtype, options.threads, max(point.batch for point in points), kv_tokens)
     limits = Limits(config, dtype, options.threads, options.budget_s)
     with opened(setup) as engine:
-        peer = load_transformers(directory, dtype)
-        figures |= {"threads": options.threads, "gate_tokens": gate(engine, peer, config)}
+        transformers = peer.load(directory, dtype)
+        figures |= {"threads": options.threads, "gate_tokens": gate(engine, transformers, config)}
         print(f"check: {figures['gate_tokens']} greedy tokens as transformers'")
-        figures |= measure(engine, limits, dict.fromkeys(peer_batches, peer), points, options.steps)
+        figures |= measure(engine, limits, dict.fromkeys(peer_batches, transformers), points, options.steps)
     figures |= outside(setup, config, points, options.steps) | {"loops": limits.loops}
     finish("decode", figures, options.save)
     return 0

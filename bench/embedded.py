@@ -1,7 +1,7 @@
 """An engine in this process, for `decode` and `prefill`: opening it, the correctness gate, timed steps, kernel time.
 
-Owns no figure of its own. The gate compares greedy tokens with transformers' on the same directory and element type:
-equal, or parted at a place where transformers itself has both tokens within rounding of each other.
+Owns no figure of its own. The gate compares greedy tokens with transformers' on the same directory and element type
+(peer.py says what agreement is).
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvlite import Engine, SamplingParams
 from kvlite.models import ModelConfig, load_config
 from kvlite.ops import Ops
 
+from . import peer
 from .errors import BenchError
 from .limits import kv_bytes_per_token
 from .options import torch_dtype
 
 GATE_PROMPT_LEN = 24
 GATE_TOKENS = 16
-TIE = {torch.float32: 1e-3, torch.bfloat16: 2.5e-1, torch.float16: 5e-2}
-"""Share of the logits' standard deviation below which two logits count as one: rounding through a whole stack."""
 SPECIAL_IDS = 16
 """Ids below are special in every tokenizer that make-model writes, and in the shipped one."""
 
@@ -72,30 +69,11 @@ def greedy(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
 
 
-def load_transformers(directory: Path, dtype: torch.dtype) -> Any:
-    """The same model in transformers. Raises BenchError when the package is not here."""
-    try:
-        from transformers import AutoModelForCausalLM, logging
-    except ModuleNotFoundError:
-        raise BenchError("no figure without a correctness gate, which needs: pip install transformers") from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
-
-
-@torch.inference_mode()
-def gate(engine: Engine, peer: Any, config: ModelConfig) -> int:
+def gate(engine: Engine, transformers: Any, config: ModelConfig) -> int:
     """Greedy tokens of a short prompt must be those of transformers; returns how many were compared."""
     prompt = prompts(config, 1, GATE_PROMPT_LEN, seed=9)[0]
     tokens = list(engine.generate(prompt, greedy(GATE_TOKENS)).token_ids)
-    logits = peer(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
-    for at, (token, row) in enumerate(zip(tokens, logits, strict=True)):
-        gap = float(row.max() - row[token])
-        if gap > TIE[peer.dtype] * float(row.std()):
-            raise BenchError(
-                f"wrong before fast: token {at} is {token}, transformers says {int(row.argmax())} "
-                f"(logits {float(row[token]):.4f} and {float(row.max()):.4f})"
-            )
+    peer.check_tokens(tokens, peer.logits_after(transformers, prompt, tokens), transformers.dtype)
     if len(tokens) != GATE_TOKENS:
         raise BenchError(f"the engine gave {len(tokens)} of {GATE_TOKENS} tokens")
     return len(tokens)

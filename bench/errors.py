@@ -7,5 +7,9 @@ class BenchError(Exception):
     """The run cannot go on, or its figures would be wrong; the text says what to change."""
 
 
+class MissingError(BenchError):
+    """A package that some figures need is not here; the others can be had."""
+
+
 class TargetError(Exception):
     """One engine cannot be measured; the others can."""

@@ -12,12 +12,10 @@ first: every backend must agree with the torch reference on the inputs that are 
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -25,168 +23,19 @@ import torch
 from kvlite.ops import Backend, Ops, select
 
 from .errors import BenchError
+from .kernel_cases import Case, Maker, timed_small
 from .limits import best_s, read_loops, share, use_threads
 from .options import DTYPES, torch_dtype
 from .report import finish, origin
 
-H, KH, D, W, F, V, L = 14, 2, 64, 896, 4864, 32_768, 24
-"""Query heads, KV heads, head width, hidden width, MLP width, vocabulary, layers."""
-BLOCK_SIZE = 16
-WEIGHT_COPIES = 8
 SMALLEST_READ = 1 << 20
 """Below, a timed read shows the cost of its call."""
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 MORE_TURNS = 3
 CUDA_CALLS = 20
-"""Calls between two synchronisations: a launch is hidden behind the kernel before it."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape: `run` writes `outputs`; bytes and operations are the least that any implementation needs."""
-
-    name: str
-    num_bytes: int
-    flops: float
-    run: Callable[[Ops], object]
-    outputs: list[torch.Tensor]
-    spread_bytes: int = 0
-    """What calls in a row read before they come back to the same bytes, where that is more than one call reads."""
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Random tensors of one device and element type; every maker gives the same ones."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def normal(self, *size: int) -> torch.Tensor:
-        """Values of the element type."""
-        noise = torch.Generator().manual_seed(sum(size))
-        return torch.randn(size, generator=noise).to(self.dtype).to(self.device)
-
-    def poison(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """NaN everywhere: an element that is not written fails the check."""
-        return torch.full(size, math.nan, dtype=dtype or self.dtype, device=self.device)
-
-    def ints(self, values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        """Indices."""
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
-
-def attention(make: Maker, batch: int, context: int, rows: int) -> Case:
-    """The last `rows` rows of `batch` sequences over caches of `context` keys in shuffled blocks."""
-    blocks = -(-context // BLOCK_SIZE)
-    pool = make.normal(batch * blocks, 2, BLOCK_SIZE, KH, D)
-    order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(0))
-    table = order.to(torch.int32).view(batch, blocks).to(make.device)
-    q = make.normal(batch * rows, H, D)
-    starts = make.ints([rows * s for s in range(batch + 1)])
-    last = make.ints([context - rows + at for at in range(rows)] * batch)
-    out, lse = make.poison(*q.shape), make.poison(batch * rows, H, dtype=torch.float32)
-    lengths, seq_rows = make.ints([context] * batch), make.ints(list(range(batch)))
-    seen = batch * (rows * (context - rows) + rows * (rows + 1) // 2)
-
-    def run(ops: Ops) -> None:
-        ops.attention(
-            q, pool[:, 0], pool[:, 1], table, starts, lengths, seq_rows, last, D**-0.5, 0, out, lse
-        )  # fmt: skip
-
-    num_bytes = batch * context * 2 * KH * D * make.dtype.itemsize
-    kind = "decode" if rows == 1 else "prefill"
-    return Case(f"attention_{kind}_{batch}x{context}", num_bytes, 4.0 * seen * H * D, run, [out, lse])
-
-
-def key_mass(make: Maker, rows: int, context: int) -> Case:
-    """Mass of every key under the last `rows` rows."""
-    blocks = context // BLOCK_SIZE
-    k_cache = make.normal(blocks, BLOCK_SIZE, KH, D)
-    q = make.normal(rows, H, D)
-    lse = torch.full((rows, H), 8.0, device=make.device)
-    table, wanted = make.ints(list(range(blocks))), make.ints(list(range(rows)))
-    last = make.ints([context - rows + at for at in range(rows)])
-    out = make.poison(context, dtype=torch.float32)
-
-    def run(ops: Ops) -> None:
-        out.copy_(ops.key_mass(q, lse, k_cache, table, wanted, last, 0, context, D**-0.5))
-
-    flops = 2.0 * rows * H * D * (context - rows // 2)
-    return Case(f"key_mass_{rows}x{context}", context * KH * D * make.dtype.itemsize, flops, run, [out])
-
-
-def linear(make: Maker, rows: int) -> Case:
-    """The gate and up projections; calls go through copies of the weight, as a forward pass goes through layers."""
-    x, weight, out = make.normal(rows, W), make.normal(2 * F, W), make.poison(rows, 2 * F)
-    weights = cycle([weight, *(weight.clone() for _ in range(WEIGHT_COPIES - 1))])
-
-    def run(ops: Ops) -> None:
-        ops.linear(x, next(weights), None, out)
-
-    return Case(f"linear_{rows}", weight.nbytes, 2.0 * rows * 2 * F * W, run, [out], WEIGHT_COPIES * weight.nbytes)
-
-
-def row_ops(make: Maker, rows: int) -> list[Case]:
-    """Ops that treat each row alone."""
-    size = make.dtype.itemsize
-    k, v = make.normal(rows, KH, D), make.normal(rows, KH, D)
-    caches = [make.poison(rows // BLOCK_SIZE + 1, BLOCK_SIZE, KH, D) for _ in range(2)]
-    for cache in caches:
-        cache[-1] = 0
-    slots = make.ints(list(range(rows)))
-    x, weight = make.normal(rows, W), make.normal(W)
-    residual, normed, added = make.normal(rows, W), make.poison(rows, W), make.poison(rows, W)
-    gate_up, activation = make.normal(rows, 2 * F), make.poison(rows, F)
-    q_turned, k_turned = make.normal(rows, H, D), make.normal(rows, KH, D)
-    angles = torch.arange(rows)[:, None] * 1e4 ** -(torch.arange(D // 2) / (D // 2))
-    cos, sin = angles.cos().to(make.device), angles.sin().to(make.device)
-    cases = [
-        Case("store_kv", 4 * rows * KH * D * size, 0, lambda ops: ops.store_kv(k, v, *caches, slots), caches),
-        Case("rope", 2 * rows * (H + KH) * D * size, 0,
-             lambda ops: ops.rope(q_turned, k_turned, slots, cos, sin), [q_turned, k_turned]),
-        Case("rms_norm", 2 * rows * W * size, 0, lambda ops: ops.rms_norm(x, weight, 1e-6, normed), [normed]),
-        Case("add_rms_norm", 4 * rows * W * size, 0,
-             lambda ops: ops.add_rms_norm(x, residual, weight, 1e-6, added), [residual, added]),
-        Case("silu_mul", 3 * rows * F * size, 0, lambda ops: ops.silu_mul(gate_up, activation), [activation]),
-    ]  # fmt: skip
-    return [Case(f"{c.name}_{rows}", c.num_bytes, c.flops, c.run, c.outputs) for c in cases]
-
-
-def place_kv(make: Maker, rows: int) -> Case:
-    """A segment of `rows` rows to blocks of its own, all layers."""
-    blocks = -(-rows // BLOCK_SIZE)
-    pool = make.normal(2 * blocks, L, 2, BLOCK_SIZE, KH, D)
-    pool[blocks:] = math.nan
-    positions = make.ints(list(range(rows)))
-    source, target = positions, positions + blocks * BLOCK_SIZE
-    angles = torch.arange(rows)[:, None] * 1e4 ** -(torch.arange(D // 2) / (D // 2))
-    tables = angles.cos().to(make.device), angles.sin().to(make.device)
-    placed = pool[blocks : blocks + rows // BLOCK_SIZE]
-
-    def run(ops: Ops) -> None:
-        ops.place_kv(pool, source, target, positions, *tables)
-
-    return Case(f"place_kv_{rows}", 4 * rows * L * KH * D * make.dtype.itemsize, 0, run, [placed])
-
-
-def sample(make: Maker, rows: int, temperature: float, top_p: float) -> Case:
-    """A token for each row of logits; the outputs are ids."""
-    noise = torch.Generator().manual_seed(rows)
-    logits = (torch.randn(rows, V, generator=noise) * 3).to(make.device)
-    fill = {"dtype": torch.float32, "device": make.device}
-    options = [torch.full((rows,), temperature, **fill), make.ints([0] * rows), torch.full((rows,), top_p, **fill)]
-    options += [torch.zeros(rows, **fill), *(make.ints(list(range(rows)), torch.int64) for _ in range(2))]
-    out = make.ints([-1] * rows)
-    name = "greedy" if temperature == 0 else "top_p"
-    return Case(f"sample_{name}_{rows}", rows * V * 4, 0, lambda ops: out.copy_(ops.sample(logits, *options)), [out])
-
-
-def cases(make: Maker) -> list[Case]:
-    """Everything that is timed."""
-    found = [attention(make, 1, 1024, 1), attention(make, 8, 1024, 1), attention(make, 1, 512, 512)]
-    found += [key_mass(make, 32, 1024), *(linear(make, rows) for rows in (1, 8, 32, 512))]
-    found += [*row_ops(make, 1), *row_ops(make, 512), place_kv(make, 512)]
-    return [*found, sample(make, 8, 0.0, 1.0), sample(make, 8, 1.0, 0.9)]
+EVICTING_BYTES = 1 << 30
+"""Read between two calls: twenty times the cache of an H200, and longer than the host takes for its launches."""
+LARGE_READ = 2 << 30
 
 
 def backends(device: torch.device) -> dict[Backend, Ops]:
@@ -196,10 +45,15 @@ def backends(device: torch.device) -> dict[Backend, Ops]:
 
 
 def check(expected: Case, found: Case, backend: str, dtype: torch.dtype) -> None:
-    """Outputs of one run each agree within rounding. Raises BenchError."""
+    """Outputs of one run each agree within rounding, ids exactly. Raises BenchError."""
     for index, (want, have) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
-        bound = TOLERANCE[dtype] * max(float(want.float().abs().nan_to_num().max()), 1.0)
-        if not torch.allclose(have.float(), want.float(), rtol=0, atol=bound, equal_nan=False):
+        if want.is_floating_point():
+            largest = float(want.float().abs().nan_to_num(posinf=0.0).max())
+            bound = TOLERANCE[dtype] * max(largest, 1.0)
+            agree = torch.allclose(have.float(), want.float(), rtol=0, atol=bound, equal_nan=False)
+        else:
+            agree = torch.equal(have, want)
+        if not agree:
             raise BenchError(f"{found.name} on {backend}: output {index} is not the reference's; no speed for it")
 
 
@@ -210,14 +64,17 @@ class Clock:
         self.device = make.device
         self._threads = threads
         self._budget_s = budget_s
-        side = 8192 if make.device.type == "cuda" else 1024
-        square, rows, weight = make.normal(side, side), make.normal(512, W), make.normal(W, 2 * F)
+        is_cuda = make.device.type == "cuda"
+        side, num_rows = (8192, 8192) if is_cuda else (1024, 512)
+        width, outputs = make.shape.hidden_size, 2 * make.shape.intermediate_size
+        square, rows, weight = make.normal(side, side), make.normal(num_rows, width), make.normal(width, outputs)
         stored = weight.t().contiguous()
         self._products: list[tuple[float, Callable[[], object]]] = [
             (2.0 * side**3, lambda: torch.mm(square, square)),
-            (2.0 * 512 * W * 2 * F, lambda: torch.mm(rows, weight)),
-            (2.0 * 512 * W * 2 * F, lambda: torch.mm(rows, stored.t())),
+            (2.0 * num_rows * width * outputs, lambda: torch.mm(rows, weight)),
+            (2.0 * num_rows * width * outputs, lambda: torch.mm(rows, stored.t())),
         ]
+        self._evicting = torch.zeros(EVICTING_BYTES // 4 if is_cuda else 0, device=make.device)
         self.flop_rate = 0.0
         self._read_rates: dict[int, float] = {}
         self._fresh: set[int] = set()
@@ -231,20 +88,30 @@ class Clock:
         self._fresh.clear()
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """The best call; on a GPU, of calls in a row."""
+        """The best call on a CPU; on a GPU the median by the device's own clock, with nothing in its cache.
+
+        Something else is read into the cache (written, it would still have to leave it during the call). That takes the
+        device longer than the host needs for a launch: so the time is that of the kernels, not of the host.
+        """
         if self.device.type != "cuda":
             return best_s(run, self._budget_s)
-
-        def many() -> None:
-            for _ in range(CUDA_CALLS):
-                run()
-            torch.cuda.synchronize()
-
-        return best_s(many, self._budget_s) / CUDA_CALLS
+        run()
+        pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        for _ in range(CUDA_CALLS):
+            pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._evicting.sum()
+            pairs[-1][0].record()
+            run()
+            pairs[-1][1].record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
 
     def read_rate(self, size: int) -> float:
-        """Bytes per second over as many bytes, rounded down to a power of two: a smaller buffer is read no slower."""
-        size = 1 << max(size, SMALLEST_READ).bit_length() - 1
+        """Bytes per second over as many bytes, rounded down to a power of two: a smaller buffer is read no slower.
+
+        On a GPU nothing is read from the cache, so that the rate is that of its memory whatever the size.
+        """
+        size = LARGE_READ if self.device.type == "cuda" else 1 << max(size, SMALLEST_READ).bit_length() - 1
         if size not in self._fresh:
             self._fresh.add(size)
             self._read_rates[size] = max(self._read_rates.get(size, 0.0), self._measured_read_rate(size))
@@ -252,41 +119,55 @@ class Clock:
 
     def _measured_read_rate(self, size: int) -> float:
         if self.device.type == "cuda":
-            source = torch.ones(size // 4, device=self.device)
-            target = torch.empty_like(source)
-            # A copy moves twice as much.
-            return 2 * size / self.seconds(lambda: target.copy_(source))
+            rows = torch.ones(size // 8192, 4096, dtype=torch.bfloat16, device=self.device)
+            loops = (rows.sum, lambda: torch.mv(rows, rows[0]))
+            return max(self.copy_rate(size), *(size / self.seconds(loop) for loop in loops))
         loops = read_loops(size, self._threads).values()
         return size / min(best_s(loop, self._budget_s) for loop in loops)
+
+    def copy_rate(self, size: int) -> float:
+        """Bytes read and written per second by a copy of `size` bytes."""
+        source = torch.ones(size // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * size / self.seconds(lambda: target.copy_(source))
 
     def bound_s(self, case: Case) -> float:
         """The least time of a case."""
         return max(case.num_bytes / self.read_rate(max(case.num_bytes, case.spread_bytes)), case.flops / self.flop_rate)
 
 
+def timed(clock: Clock, case: Case, ops: Ops) -> tuple[float, float]:
+    """(seconds of a call, share of its bound). Raises BenchError for a share above 1."""
+    elapsed = clock.seconds(lambda: case.run(ops))
+    bound = clock.bound_s(case)
+    for _ in range(MORE_TURNS):
+        if bound <= elapsed:
+            break
+        # Neighbours may have slowed the limit down: it gets more turns before the run fails.
+        clock.measure_again()
+        bound = clock.bound_s(case)
+    return elapsed, share(f"{case.name} on {ops.backend}", bound, elapsed)
+
+
+def line(case: Case, backend: str, elapsed: float, found: float) -> str:
+    """One row for people."""
+    return f"{case.name:26} {backend:10} {elapsed * 1e6:10.1f} us  {found:6.3f} of its bound"
+
+
 @torch.inference_mode()
 def measure(make: Maker, clock: Clock) -> dict[str, Any]:
     """Check and time of every case on every backend."""
     figures: dict[str, Any] = {}
-    references = cases(make)
-    for name, ops in backends(make.device).items():
-        for case, reference in zip(cases(make), references, strict=True):
+    every = backends(make.device)
+    for name, ops in every.items():
+        for case, reference in zip(timed_small(make), timed_small(make), strict=True):
             case.run(ops)
-            if name == "reference":
-                reference.run(ops)
+            reference.run(every["reference"])
             check(reference, case, name, make.dtype)
-            elapsed = clock.seconds(lambda case=case, ops=ops: case.run(ops))
-            bound = clock.bound_s(case)
-            for _ in range(MORE_TURNS):
-                if bound <= elapsed:
-                    break
-                # Neighbours may have slowed the limit down: it gets more turns before the run fails.
-                clock.measure_again()
-                bound = clock.bound_s(case)
-            found = share(f"{case.name} on {name}", bound, elapsed)
+            elapsed, found = timed(clock, case, ops)
             figures[f"us_{case.name}_{name}"] = round(elapsed * 1e6, 2)
             figures[f"share_{case.name}_{name}"] = round(found, 4)
-            print(f"{case.name:26} {name:10} {elapsed * 1e6:10.1f} us  {found:6.3f} of its bound", flush=True)
+            print(line(case, name, elapsed, found), flush=True)
     return figures
 
 

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvlite import _core
 from kvlite.models import ModelConfig, load_config
 from kvlite.ops import LinearOp, select
 from kvlite.progress import Bar
@@ -71,6 +70,12 @@ def products(config: ModelConfig) -> list[Product]:
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def prompt_flops(config: ModelConfig, num_weights: int, num_tokens: int) -> float:
+    """Floating-point operations of a prompt: linear layers without the head, and causal attention."""
+    attention = 2 * config.num_heads * config.head_dim * config.num_layers * num_tokens * num_tokens
+    return 2.0 * num_weights * num_tokens + attention
 
 
 def share(what: str, limit_s: float, measured_s: float) -> float:
@@ -169,6 +174,9 @@ class Limits:
 
 def use_threads(threads: int) -> None:
     """Torch and kvlite's own kernels run with so many threads from now on."""
+    # Here, not above: `bench gpu` needs these limits on machines without the compiled extension.
+    from kvlite import _core
+
     torch.set_num_threads(threads)
     if _core.cpu_num_threads() != threads:  # setting them starts new ones
         _core.cpu_set_num_threads(threads)

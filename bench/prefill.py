@@ -11,35 +11,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
 
-import torch
+from kvlite.models import load_config
 
-from kvlite.models import ModelConfig, load_config
-
-from .embedded import Setup, gate, load_transformers, opened, prefill_s, prompts
+from . import peer
+from .embedded import Setup, gate, opened, prefill_s, prompts
 from .errors import BenchError
-from .limits import Limits, share
+from .limits import Limits, prompt_flops, share
 from .options import add_model_options, integers, model_directory, torch_dtype
 from .report import finish, origin
 
 MANY_ROWS = (512, 1024)
 """Where a product is bound by arithmetic; the second is what an engine computes per step as it ships."""
-
-
-def flops(config: ModelConfig, num_weights: int, num_tokens: int) -> float:
-    """Floating-point operations of a prompt: linear layers without the head, and causal attention."""
-    attention = 2 * config.num_heads * config.head_dim * config.num_layers * num_tokens * num_tokens
-    return 2.0 * num_weights * num_tokens + attention
-
-
-@torch.inference_mode()
-def peer_s(peer: Any, prompt: list[int]) -> float:
-    """Seconds of transformers' forward pass over the prompt, logits of the last row alone."""
-    start = time.perf_counter()
-    peer(torch.tensor([prompt]), logits_to_keep=1)
-    return time.perf_counter() - start
 
 
 def main(arguments: list[str]) -> int:
@@ -66,8 +50,8 @@ def main(arguments: list[str]) -> int:
     limits = Limits(config, dtype, options.threads, options.budget_s)
     num_weights = sum(p.num_weights * p.count for p in limits.products if p.name != "head")
     with opened(Setup(directory, options.dtype, options.threads, 2, 2 * max(lengths))) as engine:
-        peer = load_transformers(directory, dtype)
-        figures |= {"threads": options.threads, "gate_tokens": gate(engine, peer, config)}
+        transformers = peer.load(directory, dtype)
+        figures |= {"threads": options.threads, "gate_tokens": gate(engine, transformers, config)}
         print(f"check: {figures['gate_tokens']} greedy tokens as transformers'")
         times: dict[int, list[float]] = {length: [] for length in lengths}
         peer_times: dict[int, list[float]] = {length: [] for length in lengths}
@@ -77,10 +61,11 @@ def main(arguments: list[str]) -> int:
             for length in lengths:
                 prompt = prompts(config, 1, length, seed=turn)[0]
                 times[length].append(prefill_s(engine, prompt))
-                peer_times[length].append(peer_s(peer, prompt))
+                peer_times[length].append(peer.prompt_s(transformers, prompt))
     figures |= {"gemm_gflops": round(rate / 1e9, 1)}
     for length in lengths:
-        figures |= length_figures(length, flops(config, num_weights, length) / rate, times[length], peer_times[length])
+        floor = prompt_flops(config, num_weights, length) / rate
+        figures |= length_figures(length, floor, times[length], peer_times[length])
     finish("prefill", figures | {"loops": limits.loops}, options.save)
     return 0
 

@@ -224,7 +224,9 @@ def merge_kernel(
 def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, int]:
     """Tile and launch sizes of `prefill_kernel`; chosen by shape alone, so that bits do not depend on the batch."""
     if dtype == torch.float32:
-        return {"BLOCK_M": max(32, triton.next_power_of_2(group)), "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        # Triton 3.6 spills with the larger tile of keys at head dim 128.
+        block_n = 32 if head_dim <= 64 else 16
+        return {"BLOCK_M": max(32, triton.next_power_of_2(group)), "BLOCK_N": block_n, "num_warps": 8, "num_stages": 1}
     block_m = max(128, triton.next_power_of_2(group))
     if head_dim > 128:
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
@@ -234,13 +236,14 @@ def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, i
 def decode_config(dtype: torch.dtype, head_dim: int, group: int, windowed: bool) -> dict[str, int]:
     """Tile and launch sizes of `decode_kernel`; BLOCK_N divides SPLIT.
 
-    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. The window's mask needs
-    registers that only the smaller tile has to spare.
+    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. The window's mask and
+    wide heads need registers that only the smaller tile has to spare: at head dim 128 the larger one spills under
+    Triton 3.6, and three of its programs fit on a multiprocessor where four of the smaller one do.
     """
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32 or head_dim > 128:
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": block_m, "BLOCK_N": 32 if windowed else 64, "num_warps": 4, "num_stages": 5}
+    return {"BLOCK_M": block_m, "BLOCK_N": 32 if windowed or head_dim > 64 else 64, "num_warps": 4, "num_stages": 5}
 
 
 def attention(

@@ -18,8 +18,8 @@ from kvlite.bench.blend import check, check_counts, choices
 from kvlite.bench.blending import Asked, Choice, documents, flat, prompts, token_layers, warm
 from kvlite.bench.embedded import Setup, opened
 from kvlite.bench.errors import BenchError
+from kvlite.bench.limits import prompt_flops
 from kvlite.bench.make_model import Shape
-from kvlite.bench.prefill import flops
 from kvlite.models import load_config
 from kvlite.reuse_types import Reuse, ReuseMode, ReuseReport, Segment
 
@@ -82,8 +82,8 @@ def test_the_plain_twins_of_a_blended_request_take_as_many_operations(folder: Pa
     recomputed, new = 150 * 1064 / 2, 2 * 32 * 1064
     assert wanted == pytest.approx(2 * weights * (150 + 64 + 32) + 4 * 64 * 3 * (recomputed + new), rel=1e-4)
     length, behind = blend_serving.plain_len(config, wanted), blend_serving.plain_len(config, wanted, 800)
-    assert flops(config, weights, length) == pytest.approx(wanted, rel=0.01)
-    whole = flops(config, weights, 800 + behind) - flops(config, weights, 800)
+    assert prompt_flops(config, weights, length) == pytest.approx(wanted, rel=0.01)
+    whole = prompt_flops(config, weights, 800 + behind) - prompt_flops(config, weights, 800)
     assert whole == pytest.approx(wanted, rel=0.01) and behind < length
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvlite import Engine
-from kvlite.bench import decode, embedded, make_model
+from kvlite.bench import decode, embedded, make_model, peer
 from kvlite.bench.__main__ import main
 from kvlite.bench.embedded import (
     GATE_TOKENS,
@@ -21,7 +21,6 @@ from kvlite.bench.embedded import (
     decode_steps,
     gate,
     kernel_clock,
-    load_transformers,
     opened,
     prefill_s,
     prompts,
@@ -51,7 +50,7 @@ def engine(folders: list[Path]) -> Generator[Engine]:
 
 def test_the_gate_lets_the_right_model_pass_and_stops_another(engine: Engine, folders: list[Path]) -> None:
     config = load_config(folders[0])[0]
-    right, wrong = (load_transformers(folder, torch.float32) for folder in folders)
+    right, wrong = (peer.load(folder, torch.float32) for folder in folders)
     assert gate(engine, right, config) == GATE_TOKENS
     with pytest.raises(BenchError, match=r"wrong before fast: token 0 is \d+, transformers says \d+"):
         gate(engine, wrong, config)
@@ -67,7 +66,7 @@ def test_the_gate_stops_a_single_wrong_token(
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *arguments: OneOff(generate(*arguments)))
     with pytest.raises(BenchError, match="wrong before fast: token 15 is"):
-        gate(engine, load_transformers(folders[0], torch.float32), load_config(folders[0])[0])
+        gate(engine, peer.load(folders[0], torch.float32), load_config(folders[0])[0])
 
 
 def test_decode_steps_are_as_many_as_asked_and_leave_nothing_running(engine: Engine, folders: list[Path]) -> None:

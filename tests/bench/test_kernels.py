@@ -9,21 +9,8 @@ import torch
 
 from kvlite.bench import kernels
 from kvlite.bench.errors import BenchError
-from kvlite.bench.kernels import (
-    MORE_TURNS,
-    Case,
-    Clock,
-    Maker,
-    attention,
-    backends,
-    check,
-    key_mass,
-    linear,
-    measure,
-    place_kv,
-    row_ops,
-    sample,
-)
+from kvlite.bench.kernel_cases import Case, Maker, attention, key_mass, linear, place_kv, row_ops, sample
+from kvlite.bench.kernels import MORE_TURNS, Clock, backends, check, measure
 
 MAKE = Maker(torch.device("cpu"), torch.float32)
 
@@ -74,6 +61,16 @@ def test_an_output_that_is_wrong_or_not_written_gets_no_speed() -> None:
             check(want, replace(want, outputs=[wrong]), "cpu", torch.float32)
 
 
+def test_an_id_that_is_not_the_references_gets_no_speed_and_an_infinity_hides_nothing() -> None:
+    want = Case("op", 8, 0, lambda ops: None, [torch.tensor([5, 70_000])])
+    with pytest.raises(BenchError, match="output 0 is not"):
+        check(want, replace(want, outputs=[torch.tensor([5, 70_001])]), "cpu", torch.bfloat16)
+    lse = Case("op", 8, 0, lambda ops: None, [torch.tensor([1.0, float("-inf")])])
+    check(lse, lse, "cpu", torch.float32)
+    with pytest.raises(BenchError, match="output 0 is not"):
+        check(lse, replace(lse, outputs=[torch.tensor([1.1, float("-inf")])]), "cpu", torch.float32)
+
+
 def test_a_bound_is_the_larger_of_bytes_and_operations() -> None:
     clock = FixedClock()
     assert clock.bound_s(Case("op", 5_000_000, 1e6, lambda ops: None, [])) == 5e-3
@@ -90,7 +87,7 @@ def test_what_a_case_must_move_and_compute_is_counted_from_its_shape() -> None:
 
 
 def test_every_case_is_measured_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "cases", small_cases)
+    monkeypatch.setattr(kernels, "timed_small", small_cases)
     clock = FixedClock()
     clock.flop_rate = clock.rate = 1e12
     figures = measure(MAKE, clock)
@@ -102,7 +99,7 @@ def test_every_case_is_measured_on_every_backend(monkeypatch: pytest.MonkeyPatch
 
 def test_a_share_above_one_fails_after_its_limit_had_more_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     out = torch.zeros(1)
-    monkeypatch.setattr(kernels, "cases", lambda make: [Case("op", 2_000_000, 0, lambda ops: None, [out])])
+    monkeypatch.setattr(kernels, "timed_small", lambda make: [Case("op", 2_000_000, 0, lambda ops: None, [out])])
     clock = FixedClock()
     with pytest.raises(BenchError, match=r"op on reference took 1\.000 ms, 2\.000 of its limit"):
         measure(MAKE, clock)

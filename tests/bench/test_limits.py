@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvlite.bench import decode, limits, prefill
+from kvlite.bench import decode, limits
 from kvlite.bench.__main__ import main
 from kvlite.bench.decode import Point
 from kvlite.bench.errors import BenchError
@@ -126,7 +126,7 @@ def test_a_decode_step_costs_at_least_its_weights_and_its_kv(monkeypatch: pytest
 
 def test_a_prompts_operations_are_two_per_weight_and_token_and_causal_attention() -> None:
     attention = 2 * 4 * 64 * 12 * 100 * 100
-    assert prefill.flops(CONFIG, 1000, 100) == 2 * 1000 * 100 + attention
+    assert limits.prompt_flops(CONFIG, 1000, 100) == 2 * 1000 * 100 + attention
 
 
 def test_more_context_is_charged_with_its_own_bytes() -> None:
