@@ -20,7 +20,7 @@ from kvlite.models import FAMILIES, Decoder, ModelConfig
 from kvlite.models.config import parse_config
 from kvlite.models.decoder import parameters
 from kvlite.ops import Ops
-from kvlite.runner.graphs import CudaRecorder, Recorder
+from kvlite.runner.graphs import CudaRecorder, graph_sizes
 from kvlite.runner.kv_pool import KVPool, KVShape
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner, RunResult
 from kvlite.runner.plan import Arena, Header, Layout, Plan
@@ -88,17 +88,14 @@ class Room:
     """Over all sequences; blocks filled in part are not counted."""
 
 
-class Rerun:
-    """A recorder for devices without graphs: a replay calls the function, so that everything around it is the same."""
+def rerun(run: Callable[[], object]) -> Callable[[], None]:
+    """An `ops.Record` for devices without graphs: a replay calls the function, so all around it is the same."""
+    run()
 
-    def record(self, run: Callable[[], object]) -> Callable[[], None]:
-        """As `graphs.Recorder`."""
+    def replay() -> None:
         run()
 
-        def replay() -> None:
-            run()
-
-        return replay
+    return replay
 
 
 class Stage:
@@ -132,9 +129,9 @@ class Stage:
 
     def record(self) -> None:
         """Decode batches are replayed from now on."""
-        recorder: Recorder = CudaRecorder(self.device) if self.device.type == "cuda" else Rerun()
+        record = CudaRecorder(self.device).record if self.device.type == "cuda" else rerun
         self._runner = ModelRunner(self._eager.decoder, self._eager.pool, self._eager.sampler)
-        self._runner.record_graphs(recorder)
+        self._runner.record_graphs(record, graph_sizes(self._eager.pool.block_table.shape[0] - 1))
 
     def lay_out(self, num_seqs: int, length: int) -> None:
         """Gives each of `num_seqs` sequences blocks for `length` tokens, whatever they had before."""

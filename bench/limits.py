@@ -125,7 +125,7 @@ class Limits:
         size = size or self.weight_bytes
         use_threads(self.threads)
         if size not in self._readers:
-            self._readers[size] = read_loops(size, self.threads)
+            self._readers[size] = read_loops(size, self.threads, select(torch.device("cpu")).linear)
         found = {name: size / best_s(loop, self._budget_s) for name, loop in self._readers[size].items()}
         return self._keep(f"read {size}", found)
 
@@ -182,22 +182,21 @@ def use_threads(threads: int) -> None:
         _core.cpu_set_num_threads(threads)
 
 
-def read_loops(size: int, threads: int) -> dict[str, Callable[[], object]]:
-    """Ways to read `size` bytes with `threads` threads."""
+def read_loops(size: int, threads: int, linear: LinearOp | None = None) -> dict[str, Callable[[], object]]:
+    """Ways to read `size` bytes with `threads` threads; `linear` is one more, as a product of one row."""
     buffer = torch.ones(max(size // 4, 4096), dtype=torch.float32)
     rows = buffer[: buffer.numel() // 1024 * 1024].view(-1, 1024)
     vector = torch.ones(1024)
     parts = np.array_split(buffer.numpy().view(np.int32), threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-    linear = select(torch.device("cpu")).linear
     weights = buffer.view(torch.bfloat16)[: buffer.numel() // 1024 * 2048].view(-1, 2048)
     x, out = torch.ones(1, 2048, dtype=torch.bfloat16), torch.empty(1, len(weights), dtype=torch.bfloat16)
 
     def numpy_or() -> int:
         return int(np.bitwise_or.reduce(list(pool.map(np.bitwise_or.reduce, parts))))
 
-    return {
-        "kvlite": partial(linear, x, weights, None, out),
+    ours = {} if linear is None else {"kvlite": partial(linear, x, weights, None, out)}
+    return ours | {
         "torch sum": partial(torch.sum, buffer),
         "torch mv": partial(torch.mv, rows, vector),
         "torch amax": partial(torch.amax, buffer),

@@ -66,7 +66,7 @@ def test_the_products_are_the_weights_of_the_model_and_kv_bytes_its_cache() -> N
 def test_limits_only_rise_and_name_the_loop_that_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"slow": 4.0, "fast": 2.0}
     loops: dict[str, Callable[[], object]] = {name: lambda: None for name in seconds}
-    monkeypatch.setattr(limits, "read_loops", lambda size, threads: loops)
+    monkeypatch.setattr(limits, "read_loops", lambda size, threads, linear: loops)
     turns = iter([4.0, 2.0, 8.0, 16.0, 1.0, 4.0])
     monkeypatch.setattr(limits, "best_s", lambda loop, budget: next(turns))
     found = Limits(CONFIG, torch.float32, 1)
