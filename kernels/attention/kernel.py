@@ -259,9 +259,12 @@ def attention(
     window: int,
     out: torch.Tensor,
     lse: torch.Tensor,
+    prefix_group: torch.Tensor | None = None,
+    group_seqs: torch.Tensor | None = None,
 ) -> None:
     """As `reference.attention`. One launch pair for one-row sequences, one more when T > S; no host synchronisation.
 
+    Groups are not used yet: every sequence reads its own keys.
     The last dimension of every tensor is contiguous. Scratch: min(T, S) * max_splits * H * (D + 1) floats.
     """
     assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == out.stride(-1) == lse.stride(-1) == 1

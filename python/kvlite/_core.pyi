@@ -42,6 +42,8 @@ class _CoreConfig(TypedDict):
     enable_prefix_caching: bool
     policy: str
     attention_cost_tokens: int
+    attention_split_tokens: int
+    group_cost_tokens: int
     reserve_tokens: int
     watermark_ratio: float
     hash_seed: int

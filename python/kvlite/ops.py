@@ -25,9 +25,8 @@ CROSSING_REPEATS = 7
 WIDENED_ROWS = 512
 """Rows of a 16-bit matrix that are widened at once for many fp32 rows: a few megabytes, still in a cache when used."""
 
-AttentionOp = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int, Tensor, Tensor], None
-]
+AttentionOp = Callable[..., None]
+"""As `kernels/attention/reference.py`; the last two arguments, who shares a prefix, may be missing."""
 KeyMassOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
 RmsNormOp = Callable[[Tensor, Tensor, float, Tensor], None]
 AddRmsNormOp = Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
@@ -178,6 +177,8 @@ class _RustKernels:
         window: int,
         out: Tensor,
         lse: Tensor,
+        prefix_group: Tensor | None = None,
+        group_seqs: Tensor | None = None,
     ) -> None:
         """As `kernels/attention/reference.py`."""
         self._attention(
@@ -194,6 +195,8 @@ class _RustKernels:
             _array(out),
             _array(lse),
             _DTYPE_NAME[q.dtype],
+            None if prefix_group is None else _array(prefix_group),
+            None if group_seqs is None else _array(group_seqs),
         )
 
     def key_mass(

@@ -42,6 +42,16 @@ class KeyIndex(Protocol):
         ...
 
     @property
+    def prefix_group(self) -> torch.Tensor | None:
+        """[G, 3] first entry of `group_seqs`, sequences, keys that they share."""
+        ...
+
+    @property
+    def group_seqs(self) -> torch.Tensor | None:
+        """[M] sequences, group by group."""
+        ...
+
+    @property
     def block_table(self) -> torch.Tensor:
         """[R, NB] blocks by position."""
         ...
@@ -72,7 +82,7 @@ class Attention:
         self.store(k, v, cache, keys.slot_mapping)
         self._attention(
             q, k_cache, v_cache, keys.block_table, keys.query_start, keys.context_len, keys.seq_row, keys.last_key,
-            self.scale, self.window, out, lse,
+            self.scale, self.window, out, lse, keys.prefix_group, keys.group_seqs,
         )  # fmt: skip
 
     def store(

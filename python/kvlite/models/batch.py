@@ -32,6 +32,11 @@ class ForwardBatch:
     """[S] row of each sequence in the block table."""
     block_table: torch.Tensor
     """[R, NB] blocks by position."""
+    prefix_group: torch.Tensor | None = None
+    """[G, 3] first entry of `group_seqs`, sequences, keys that they share; rows without sequences are none; None = none
+    at all. A matter of speed alone."""
+    group_seqs: torch.Tensor | None = None
+    """[M] sequences, group by group; beside `prefix_group`."""
     segment_slot: torch.Tensor | None = None
     """[T] where the key before RoPE and the value go as well, -1 = nowhere; None = nowhere for all rows."""
 
@@ -51,5 +56,7 @@ class ForwardBatch:
             query_start=torch.tensor(np.unique(bounds), dtype=torch.int32, device=device),
             context_len=self.context_len[sequences],
             seq_row=self.seq_row[sequences],
+            prefix_group=None,
+            group_seqs=None,
             segment_slot=None if slots is None else slots[index],
         )

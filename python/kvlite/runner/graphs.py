@@ -24,7 +24,9 @@ MAX_GRAPH_ROWS = 512
 """Above, launches are short beside the step, and the host is ahead of the device without graphs."""
 _ROW_ALIGN = 4
 """Input rows start at multiples of 16 bytes: Triton compiles another kernel for each alignment that it meets."""
-_INPUTS = ("token_ids", "positions", "last_key", "slot_mapping", "context_len", "seq_row")
+_INPUTS = ("token_ids", "positions", "last_key", "slot_mapping", "context_len", "seq_row", "group_seqs")
+_GROUP_WIDTH = 3
+"""Numbers of a prefix group."""
 
 
 class CudaRecorder:
@@ -64,12 +66,14 @@ class _Graph:
         width = -(-size // _ROW_ALIGN) * _ROW_ALIGN
         is_cuda = decoder.device.type == "cuda"
         with torch.inference_mode(mode=False):
-            self._host = torch.zeros((len(_INPUTS), width), dtype=torch.int32, pin_memory=is_cuda)
+            self._host = torch.zeros((len(_INPUTS) + _GROUP_WIDTH, width), dtype=torch.int32, pin_memory=is_cuda)
             self._device = torch.zeros_like(self._host, device=decoder.device, pin_memory=False)
-        self._values = dict(zip(_INPUTS, self._host.numpy(), strict=True))
+        self._values = dict(zip(_INPUTS, self._host.numpy(), strict=False))
+        self._groups = self._host[len(_INPUTS) :].numpy().reshape(width, _GROUP_WIDTH)
         self._padding_row = pool.block_table.shape[0] - 1
         self._decoder, self._last_token = decoder, last_token
-        inputs = {name: row[:size] for name, row in zip(_INPUTS, self._device, strict=True)}
+        inputs = {name: row[:size] for name, row in zip(_INPUTS, self._device, strict=False)}
+        inputs["prefix_group"] = self._device[len(_INPUTS) :].view(width, _GROUP_WIDTH)[:size]
         starts = torch.arange(size + 1, dtype=torch.int32, device=decoder.device)
         self._batch = ForwardBatch(**inputs, query_start=starts, block_table=pool.block_table)
         self._output = torch.empty(0)
@@ -97,6 +101,10 @@ class _Graph:
             if plan is not None:
                 values[:used] = getattr(plan, name)
             values[used:] = {"last_key": -1, "slot_mapping": -1, "seq_row": self._padding_row}.get(name, 0)
+        num_groups = 0 if plan is None else len(plan.prefix_group)
+        if plan is not None:
+            self._groups[:num_groups] = plan.prefix_group
+        self._groups[num_groups:] = 0
         self._device.copy_(self._host, non_blocking=True)
 
 

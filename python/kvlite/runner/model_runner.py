@@ -155,6 +155,8 @@ class ModelRunner:
             context_len=views["context_len"][:seqs],
             seq_row=views["seq_row"][:seqs],
             block_table=self.pool.block_table,
+            prefix_group=views["prefix_group"][: len(plan.prefix_group)] if len(plan.prefix_group) else None,
+            group_seqs=views["group_seqs"][:seqs] if len(plan.prefix_group) else None,
             segment_slot=views["segment_slot"][:tokens] if (plan.segment_slot >= 0).any() else None,
         )
 

@@ -93,9 +93,10 @@ class Layout:
         shapes: dict[str, tuple[int, ...]] = {
             "header": (HEADER_LEN,), "token_ids": (t,), "positions": (t,), "last_key": (t,), "slot_mapping": (t,),
             "segment_slot": (t,), "query_start": (s + 1,), "context_len": (s,), "seq_row": (s,), "sample": (n, 3),
-            "block_update": (u, 3), "prefix_group": (s, 3), "place": (p, 6), "source_blocks": (2 * nb + p,),
-            "score": (s, 7), "block_copy": (c, 3), "admitted": (s, 5), "committed": (2 * s, 3), "finished": (f, 3),
-            "done_plan_id": (1,), "status": (1,), "sampled": (n,), "scored": (max_model_len, 2),
+            "block_update": (u, 3), "prefix_group": (s, 3), "group_seqs": (s,), "place": (p, 6),
+            "source_blocks": (2 * nb + p,), "score": (s, 7), "block_copy": (c, 3), "admitted": (s, 5),
+            "committed": (2 * s, 3), "finished": (f, 3), "done_plan_id": (1,), "status": (1,), "sampled": (n,),
+            "scored": (max_model_len, 2),
         }  # fmt: skip
         offsets: dict[str, int] = {}
         size = 0
@@ -138,6 +139,8 @@ class Plan:
     seq_row: Int32
     sample: Int32
     block_update: Int32
+    prefix_group: Int32
+    group_seqs: Int32
     place: Int32
     source_blocks: Int32
     score: Int32
@@ -159,7 +162,7 @@ class Arena:
         self._buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=not on_host)
         self._device_buffer = self._buffer if on_host else torch.zeros_like(self._buffer, device=device)
         # What the device reads ends where the core's bookkeeping begins.
-        self._device_len = layout.offsets["prefix_group"]
+        self._device_len = layout.offsets["place"]
         self.data: Int32 = self._buffer.numpy()
         self._views: dict[str, Int32] = {name: view.numpy() for name, view in layout.views(self._buffer).items()}
         self.tensors = layout.views(self._device_buffer)
@@ -193,6 +196,8 @@ class Arena:
             seq_row=views["seq_row"][:seqs],
             sample=views["sample"][:samples],
             block_update=views["block_update"][: header[Header.NUM_BLOCK_UPDATES]],
+            prefix_group=views["prefix_group"][: header[Header.NUM_PREFIX_GROUPS]],
+            group_seqs=views["group_seqs"][:seqs],
             place=views["place"][: header[Header.NUM_PLACES]],
             source_blocks=views["source_blocks"][: header[Header.NUM_SOURCE_BLOCKS]],
             score=views["score"][: header[Header.NUM_SCORES]],

@@ -36,6 +36,10 @@ pub struct CoreConfig {
     pub policy: PolicyKind,
     /// Context length at which attention costs a token as much as the linear layers do; prices prefill chunks.
     pub attention_cost_tokens: u32,
+    /// Tokens of one split of attention: a group shares whole splits, so a row's partial results are those it has alone.
+    pub attention_split_tokens: u32,
+    /// Tokens whose KV a group of sequences must save reading to pay for itself; `i32::MAX`: no groups.
+    pub group_cost_tokens: u32,
     /// Output tokens for which admission sets room aside per running sequence.
     pub reserve_tokens: u32,
     /// Share of the pool that segments may fill, 0 to 1; 0 keeps none.
@@ -71,6 +75,8 @@ impl CoreConfig {
         range("max_num_waiting", self.max_num_waiting.into(), 1, 1 << 20)?;
         range("vocab_size", self.vocab_size.into(), 1, i32::MAX as u64)?;
         range("attention_cost_tokens", self.attention_cost_tokens.into(), 1, i32::MAX as u64)?;
+        range("attention_split_tokens", self.attention_split_tokens.into(), 1, 1 << 16)?;
+        range("group_cost_tokens", self.group_cost_tokens.into(), 0, i32::MAX as u64)?;
         range("reserve_tokens", self.reserve_tokens.into(), 0, i32::MAX as u64)?;
         if !(self.watermark_ratio > 0.0 && self.watermark_ratio <= 1.0) {
             return Err(CoreError::Watermark { value: self.watermark_ratio });
@@ -106,6 +112,8 @@ mod tests {
             enable_prefix_caching: true,
             policy: PolicyKind::Fcfs,
             attention_cost_tokens: 1,
+            attention_split_tokens: 4,
+            group_cost_tokens: 0,
             reserve_tokens: 0,
             segment_cache_ratio: 0.5,
             model_digest: 0,

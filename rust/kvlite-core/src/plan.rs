@@ -39,8 +39,10 @@ pub enum Region {
     Sample,
     /// `[U, 3]`: seq_row, index, block; applied to the device's block table before the forward pass.
     BlockUpdate,
-    /// `[S, 3]`: first sequence, number of sequences, shared blocks.
+    /// `[S, 3]`: first entry of `GroupSeqs`, sequences, keys that they share: whole splits of attention.
     PrefixGroup,
+    /// `[S]`: sequences of this plan, group by group; each is in one at most.
+    GroupSeqs,
     /// `[P, 6]`: seq_row, first target position, rows, offset in the segment, first entry of `SourceBlocks`, entries;
     /// done after copies and table updates, before the forward pass.
     Place,
@@ -170,6 +172,7 @@ impl Layout {
             ("sample", samples, 3),
             ("block_update", updates, 3),
             ("prefix_group", seqs, 3),
+            ("group_seqs", seqs, 1),
             ("place", places, 6),
             ("source_blocks", 2 * blocks + places, 1),
             ("score", seqs, 7),
@@ -272,15 +275,24 @@ impl<'a> PlanWriter<'a> {
         self.num_tokens = at + 1;
     }
 
-    /// Closes a sequence: all rows since the last call are its rows.
+    /// Closes a sequence: all rows since the last call are its rows. Returns its index.
     #[inline]
-    pub fn sequence(&mut self, seq_row: u32, context_len: u32) {
+    pub fn sequence(&mut self, seq_row: u32, context_len: u32) -> u32 {
         let at = self.num_seqs;
         assert!(at < self.layout.rows(Region::SeqRow), "a row is scheduled once per plan");
         self.arena[self.layout.offset(Region::SeqRow) + at] = seq_row as i32;
         self.arena[self.layout.offset(Region::ContextLen) + at] = context_len as i32;
         self.arena[self.layout.offset(Region::QueryStart) + at + 1] = self.num_tokens as i32;
         self.num_seqs = at + 1;
+        at as u32
+    }
+
+    /// Names sequences whose first `keys` keys are the same ones.
+    pub fn prefix_group(&mut self, keys: u32, seqs: impl Iterator<Item = u32>) {
+        let first = self.counts[Region::GroupSeqs as usize];
+        seqs.for_each(|seq| self.push(Region::GroupSeqs, [seq as i32]));
+        let count = self.counts[Region::GroupSeqs as usize] - first;
+        self.push(Region::PrefixGroup, [first as i32, count as i32, keys as i32]);
     }
 
     /// Asks for a sample of `row`; returns its index. Until the runner writes it, a draw counts as a fault.
@@ -351,6 +363,7 @@ impl<'a> PlanWriter<'a> {
         header[Header::NumSeqs as usize] = self.num_seqs as i32;
         header[Header::NumSamples as usize] = count(Region::Sample);
         header[Header::NumBlockUpdates as usize] = count(Region::BlockUpdate);
+        header[Header::NumPrefixGroups as usize] = count(Region::PrefixGroup);
         header[Header::NumPlaces as usize] = count(Region::Place);
         header[Header::NumSourceBlocks as usize] = count(Region::SourceBlocks);
         header[Header::NumScores as usize] = count(Region::Score);

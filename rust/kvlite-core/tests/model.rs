@@ -75,6 +75,8 @@ impl Pair {
             enable_prefix_caching: regime.keeps_released,
             policy: PolicyKind::Fcfs,
             attention_cost_tokens: ATTENTION_COST_TOKENS,
+            attention_split_tokens: 256,
+            group_cost_tokens: 0,
             reserve_tokens: 0,
             watermark_ratio: 1.0,
             segment_cache_ratio: (regime.segment_quota as f64 + 0.5) / (regime.num_blocks as f64 + 0.5),

@@ -16,6 +16,8 @@ fn config() -> CoreConfig {
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
         attention_cost_tokens: 1000,
+        attention_split_tokens: 256,
+        group_cost_tokens: 0,
         reserve_tokens: 4,
         watermark_ratio: 1.0,
         segment_cache_ratio: 0.5,
@@ -59,20 +61,21 @@ fn regions_keep_their_order_and_offsets() {
         ("sample", 82, 11, 3),
         ("block_update", 115, 24, 3),
         ("prefix_group", 187, 3, 3),
-        ("place", 196, 7, 6),
-        ("source_blocks", 238, 17, 1),
-        ("score", 255, 3, 7),
-        ("block_copy", 276, 6, 3),
-        ("admitted", 294, 3, 5),
-        ("committed", 309, 6, 3),
-        ("finished", 327, 5, 3),
-        ("done_plan_id", 342, 1, 1),
-        ("status", 343, 1, 1),
-        ("sampled", 344, 11, 1),
-        ("scored", 355, 18, 2),
+        ("group_seqs", 196, 3, 1),
+        ("place", 199, 7, 6),
+        ("source_blocks", 241, 17, 1),
+        ("score", 258, 3, 7),
+        ("block_copy", 279, 6, 3),
+        ("admitted", 297, 3, 5),
+        ("committed", 312, 6, 3),
+        ("finished", 330, 5, 3),
+        ("done_plan_id", 345, 1, 1),
+        ("status", 346, 1, 1),
+        ("sampled", 347, 11, 1),
+        ("scored", 358, 18, 2),
     ];
     assert_eq!(regions, expected);
-    assert_eq!(layout.len(), 391);
+    assert_eq!(layout.len(), 394);
 }
 
 struct Device {

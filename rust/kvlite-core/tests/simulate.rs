@@ -189,7 +189,7 @@ impl Simulation {
 fn every_seed_keeps_every_promise_and_ends() {
     let seeds = seeds("KVLITE_SEED", "KVLITE_SEEDS", DEFAULT_SEEDS);
     let steps = setting("KVLITE_STEPS").unwrap_or(DEFAULT_STEPS);
-    let totals = Mutex::new(([0u64; 5], Seen::default()));
+    let totals = Mutex::new(([0u64; 6], Seen::default()));
     let replay = |seed| format!("KVLITE_SEED={seed} cargo test -p kvlite-core --test simulate (same KVLITE_STEPS)");
     for_each_seed(&seeds, replay, |seed| {
         let mut simulation = Simulation::new(seed);
@@ -203,15 +203,17 @@ fn every_seed_keeps_every_promise_and_ends() {
             stats.prefix_hit_tokens_total,
             stats.failed_plans_total,
             stats.steps_total,
+            stats.shared_keys_total,
         ]) {
             *total += value;
         }
     });
-    let ([requests, preemptions, hits, failed, steps], seen) = *totals.lock().unwrap();
+    let ([requests, preemptions, hits, failed, steps, shared], seen) = *totals.lock().unwrap();
     println!("{requests} requests, {steps} steps, {preemptions} preemptions, {hits} hit tokens, {failed} failed plans");
+    println!("{shared} keys of shared prefixes read for others");
     println!("{seen:?}");
     if seeds.end - seeds.start >= DEFAULT_SEEDS {
-        assert!(preemptions > 1000 && hits > 10_000 && failed > 100, "the simulation reaches its corners");
+        assert!(preemptions > 1000 && hits > 10_000 && failed > 100 && shared > 10_000, "the simulation reaches its corners");
         seen.check();
     }
 }

@@ -23,7 +23,7 @@ macro_rules! items {
 pub(crate) use items;
 
 /// Names of `CoreConfig`'s fields, all of them required.
-const FIELDS: [&str; 17] = [
+const FIELDS: [&str; 19] = [
     "num_blocks",
     "block_size",
     "max_num_seqs",
@@ -34,6 +34,8 @@ const FIELDS: [&str; 17] = [
     "enable_prefix_caching",
     "policy",
     "attention_cost_tokens",
+    "attention_split_tokens",
+    "group_cost_tokens",
     "reserve_tokens",
     "watermark_ratio",
     "segment_cache_ratio",
@@ -276,6 +278,7 @@ impl Core {
             recomputed_tokens_total,
             segments_made_total,
             prefill_tokens_total,
+            shared_keys_total,
             generated_tokens_total,
             discarded_tokens_total,
             failed_plans_total,
@@ -343,6 +346,8 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
             other => return Err(invalid("policy", format!("policy is {other:?}, allowed is fcfs"))),
         },
         attention_cost_tokens: number("attention_cost_tokens")?,
+        attention_split_tokens: number("attention_split_tokens")?,
+        group_cost_tokens: number("group_cost_tokens")?,
         reserve_tokens: number("reserve_tokens")?,
         watermark_ratio: value("watermark_ratio")?.extract()?,
         segment_cache_ratio: value("segment_cache_ratio")?.extract()?,

@@ -308,6 +308,7 @@ impl Core {
     }
 
     pub(super) fn enter_running(&mut self, slot: u32) {
+        self.grouping.forget();
         let order = self.seq(slot).order();
         let at = self.running.partition_point(|&other| self.seq(other).order() < order);
         self.running.insert(at, slot);

@@ -110,9 +110,10 @@ impl Core {
             if let Some(parent) = parent {
                 self.cache.unpin(parent); // The child protects it now.
             }
-            let seq = self.seq_mut(slot);
+            let seq = &mut self.seqs[slot as usize];
             seq.tree_len = at as u32 + 1;
             if let Inserted::Duplicate(existing) = inserted {
+                self.grouping.forget();
                 seq.blocks[at] = existing;
                 seq.table_len = seq.table_len.min(at as u32);
                 self.retire(block);

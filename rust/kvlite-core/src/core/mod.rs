@@ -12,6 +12,7 @@ mod commit;
 mod end;
 mod export;
 mod freeze;
+mod grouping;
 mod import;
 mod land;
 mod makers;
@@ -37,6 +38,7 @@ use crate::plan::{Header, Layout, PlanWriter, Region};
 use crate::sched::Demand;
 use crate::sched::policy::{Policy, policy};
 use crate::sequence::{Rank, Sequence};
+use grouping::Grouping;
 use import::Arrival;
 use makers::Maker;
 use recipes::Recipes;
@@ -104,6 +106,7 @@ pub struct Core {
     scratch_spans: Vec<usize>,
     scratch_demands: Vec<Demand>,
     scratch_prefill: Vec<u32>,
+    grouping: Grouping,
     stats: CoreStats,
 }
 
@@ -158,6 +161,7 @@ impl Core {
             scratch_spans: Vec::with_capacity(config.max_segments as usize),
             scratch_demands: Vec::with_capacity(num_seqs + 1),
             scratch_prefill: Vec::with_capacity(num_seqs),
+            grouping: Grouping::new(&config),
             stats: CoreStats::default(),
             layout: Arc::new(layout),
             config,
@@ -209,6 +213,7 @@ impl Core {
         self.next_number += 1;
         self.announce(&mut plan);
         self.schedule(&mut plan, &mut record);
+        self.write_groups(&mut plan);
         self.report(&mut plan);
         record.num_tokens = plan.num_tokens() as u32;
         let arrivals = self.arrivals.values().filter_map(|arrival| arrival.deadline_ms);

@@ -157,7 +157,7 @@ impl Core {
                 (index, offset) = (index + 1, 0);
             }
         }
-        plan.sequence(seq.row, end);
+        let index = plan.sequence(seq.row, end);
         entry.len_after = end;
         entry.draws = end == seq.total_len() && seq.makes.is_none();
         let row_of = |position: u32| first_row + (position - start) as usize;
@@ -178,6 +178,7 @@ impl Core {
         seq.scheduled_len = end;
         let computes_prompt_end = seq.choice == 0 && end == seq.prompt_len;
         Core::name(seq, record, entry);
+        self.may_group(slot, len, index);
         if computes_prompt_end {
             self.sample_forks(slot, row_of(end - 1), plan, record);
         }

@@ -47,6 +47,8 @@ pub struct CoreStats {
     pub segments_made_total: u64,
     /// Tokens planned in chunks (prompts, and recomputation after preemption).
     pub prefill_tokens_total: u64,
+    /// Keys of shared prefixes that plans read for several sequences at once, counted for each but the first.
+    pub shared_keys_total: u64,
     /// Output tokens committed.
     pub generated_tokens_total: u64,
     /// Of those, tokens that the stream's owner cut off.

@@ -33,6 +33,7 @@ impl<'a> PlanView<'a> {
         let count = match region {
             Region::Sample => Header::NumSamples,
             Region::BlockUpdate => Header::NumBlockUpdates,
+            Region::PrefixGroup => Header::NumPrefixGroups,
             Region::Place => Header::NumPlaces,
             Region::SourceBlocks => Header::NumSourceBlocks,
             Region::Score => Header::NumScores,

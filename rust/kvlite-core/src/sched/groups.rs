@@ -76,6 +76,19 @@ impl Node {
 }
 
 impl Groups {
+    /// Buffers for `count` paths; more grow them.
+    pub fn for_paths(count: usize) -> Groups {
+        Groups {
+            groups: Vec::with_capacity(count),
+            members: Vec::with_capacity(count),
+            order: Vec::with_capacity(count),
+            nodes: Vec::with_capacity(count),
+            pending: Vec::with_capacity(count),
+            gains: Vec::with_capacity(8 * count),
+            homes: Vec::with_capacity(count),
+        }
+    }
+
     /// Finds the groups among `paths(0..count)`: those that save most blocks, a group costing `cost` of them. Only whole
     /// `unit`s of blocks are shared.
     pub fn find<'a>(&mut self, count: usize, paths: impl Fn(usize) -> &'a [BlockId], unit: u32, cost: u32) {

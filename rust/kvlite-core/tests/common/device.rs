@@ -156,6 +156,7 @@ impl Device {
         written.sort_unstable();
         assert!(written.windows(2).all(|pair| pair[0] != pair[1]), "a slot has one writer");
 
+        let shared = self.shared(plan);
         let mut hidden = vec![0; num_tokens];
         let mut scorings = self.scorings(plan, asked);
         let mut repaired = Vec::new();
@@ -171,7 +172,7 @@ impl Device {
                 repaired.push((handle, choice, again));
             }
             for row in rows {
-                hidden[row] = self.compute_row(plan, seq_row, row, scorings.get_mut(&seq), asked);
+                hidden[row] = self.compute_row(plan, [seq_row, row], shared[seq], scorings.get_mut(&seq), asked);
             }
         }
         let draw = |[row, seq_row, kind]: [i32; 3]| {
@@ -190,6 +191,24 @@ impl Device {
         let entries = plan.rows::<7>(Region::Score).map(|entry| entry[0] as usize);
         let scored = entries.flat_map(|seq| scorings.remove(&seq).expect("one entry per sequence").scores).collect();
         Results { drawn, scored, placed, repaired }
+    }
+
+    /// Per sequence: whose block table its first keys are read by, and how many. That is the first member's of its group.
+    fn shared(&self, plan: &PlanView<'_>) -> Vec<(usize, usize)> {
+        let num_seqs = plan.header(Header::NumSeqs) as usize;
+        let seq_rows = plan.flat(Region::SeqRow, num_seqs);
+        let mut shared = vec![(0, 0); num_seqs];
+        let mut next = 0;
+        for [first, count, keys] in plan.rows::<3>(Region::PrefixGroup) {
+            assert!(first as usize == next && count > 1 && keys > 0, "groups follow each other and share something");
+            let members = &plan.flat(Region::GroupSeqs, (first + count) as usize)[next..];
+            next += members.len();
+            for &seq in members {
+                assert_eq!(shared[seq as usize], (0, 0), "a sequence is in one group");
+                shared[seq as usize] = (seq_rows[members[0] as usize] as usize, keys as usize);
+            }
+        }
+        shared
     }
 
     /// Copies rows of segments to where the sequences want them, turned to their new positions.
@@ -247,8 +266,8 @@ impl Device {
     fn compute_row(
         &mut self,
         plan: &PlanView<'_>,
-        seq_row: usize,
-        at: usize,
+        [seq_row, at]: [usize; 2],
+        (shared_row, shared_keys): (usize, usize),
         scoring: Option<&mut Scoring>,
         asked: &BTreeMap<i32, Asked>,
     ) -> u64 {
@@ -265,7 +284,9 @@ impl Device {
             self.slot(seq_row, position) == Some(slot) || is_doomed,
             "slot {slot} of row {seq_row} agrees with the device's block table"
         );
-        let seen: Vec<usize> = (0..position).map(|at| self.slot(seq_row, at).unwrap_or(0)).collect();
+        assert!(shared_keys <= position, "a row sees all keys that its group shares");
+        let table_of = |at: usize| if at < shared_keys { shared_row } else { seq_row };
+        let seen: Vec<usize> = (0..position).map(|at| self.slot(table_of(at), at).unwrap_or(0)).collect();
         let tenant = asked.get(&holder).map_or(PUBLIC, |asked| asked.tenant);
         let foreign = seen.iter().find(|&&slot| ![tenant, PUBLIC].contains(&self.owner[slot]));
         assert!(foreign.is_none() || is_doomed || segment_slot >= 0, "tenant {tenant} reads what another one wrote");

@@ -10,7 +10,7 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
     let max_model_len = rng.range(6, 48) as u32;
     let vocab_size = [3, 4, 50][rng.range(0, 2) as usize];
     let prefix_len = [0, 1, 3][rng.range(0, 2) as usize];
-    CoreConfig {
+    let config = CoreConfig {
         num_blocks: rng.range(2, 48) as u32,
         block_size,
         max_num_seqs,
@@ -21,6 +21,8 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         enable_prefix_caching: !rng.chance(12),
         policy: PolicyKind::Fcfs,
         attention_cost_tokens: rng.range(1, 64) as u32,
+        attention_split_tokens: 1,
+        group_cost_tokens: 0,
         reserve_tokens: [0, 0, 2, 8][rng.range(0, 3) as usize],
         watermark_ratio: [1.0, 1.0, 0.9, 0.5][rng.range(0, 3) as usize],
         segment_cache_ratio: [0.5, 0.5, 0.2, 1.0, 0.0][rng.range(0, 4) as usize],
@@ -28,6 +30,13 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         canonical_prefix: random_ids(rng, prefix_len, vocab_size),
         max_segments: rng.range(1, 4) as u32,
         hash_seed: rng.next(),
+    };
+    // Of bits that are random already: a seed stays the scenario that it was.
+    let bits = config.model_digest;
+    CoreConfig {
+        attention_split_tokens: [1, 2, 4, 6][bits as usize % 4],
+        group_cost_tokens: [0, 0, 5, i32::MAX as u32][(bits >> 2) as usize % 4],
+        ..config
     }
 }
 
