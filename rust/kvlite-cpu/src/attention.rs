@@ -8,11 +8,14 @@
 //!   row m     (m0, l0, o0)    + (m1, l1, o1)    + (m2, l2, o2)   -> o / l, lse = m + ln l
 //! ```
 //!
-//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head). Tiles of many lines, a
-//! line being one head of one row, turn each split's keys once and score them for several lines together (`columns`).
+//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head); a line is one head of
+//! one row. With AVX-512 (`wide` says when), a tile is two matrix products per split. Elsewhere few lines read keys as they
+//! lie (`heads`), and tiles of many turn each split's keys once and score them for several lines together (`columns`).
 
 mod columns;
 mod heads;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -79,7 +82,12 @@ pub fn attention<E: Element>(
     exec.threads.run(tiles.len() * kv_heads, work, |task| {
         // The longest context of a causal prefill comes last; starting there evens out the end.
         let tile = &tiles[tiles.len() - 1 - task / kv_heads];
-        SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, task % kv_heads, scratch, out, lse));
+        let kv_head = task % kv_heads;
+        #[cfg(target_arch = "x86_64")]
+        if wide::serves::<E>(exec.isa, args.q.heads / kv_heads) {
+            return wide::compute_tile(exec.isa, args, tile, kv_head, out, lse);
+        }
+        SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, kv_head, scratch, out, lse));
     });
     Ok(())
 }
@@ -197,6 +205,19 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
+/// Appends where the vectors of the keys `range` start.
+#[inline(always)]
+fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize, offsets: &mut Vec<usize>) {
+    let mut key = range.start;
+    while key < range.end {
+        let (block, slot) = (key / layout.block_size, key % layout.block_size);
+        let run = (layout.block_size - slot).min(range.end - key);
+        let block = table[block] as usize; // checked by `BlockTable::check_keys`
+        offsets.extend((slot..slot + run).map(|slot| layout.offset(block, slot, kv_head)));
+        key += run;
+    }
+}
+
 impl Side {
     /// Finds the keys `range` of one split (offsets count from `range.start`) and packs them when `pack` or when they
     /// cannot be read in place (other format, dim not whole chunks).
@@ -211,14 +232,7 @@ impl Side {
     ) {
         let layout: &CacheLayout = &cache.layout;
         self.offsets.clear();
-        let mut key = range.start;
-        while key < range.end {
-            let (block, slot) = (key / layout.block_size, key % layout.block_size);
-            let run = (layout.block_size - slot).min(range.end - key);
-            let block = table[block] as usize; // checked by `BlockTable::check_keys`
-            self.offsets.extend((slot..slot + run).map(|slot| layout.offset(block, slot, kv_head)));
-            key += run;
-        }
+        find(layout, table, range, kv_head, &mut self.offsets);
         self.is_packed = pack || E::as_f32(cache.values).is_none() || !layout.dim.is_multiple_of(LANES);
         if self.is_packed {
             let dim = layout.dim.next_multiple_of(LANES);
@@ -304,19 +318,27 @@ fn tile_body<E: Element, const FUSED: bool>(
         }
         split += SPLIT;
     }
-    for (i, row) in tile.rows.clone().enumerate() {
-        for g in 0..group {
-            let line = i * group + g;
-            let (max, total) = scratch.state[line];
-            let unseen = total == 0.0; // a visible key adds at least its own exp(0) or NaN
-            let acc = &scratch.acc[line * dim..][..dim];
-            // SAFETY: tasks are distinct (tile, KV head) pairs and tiles have distinct rows, so no other task has this head.
-            #[allow(unsafe_code)]
-            unsafe {
-                out.write_head(row, kv_head * group + g, |d| E::from_f32(if unseen { 0.0 } else { acc[d] / total }));
-                lse.write_head(row, kv_head * group + g, |_| if unseen { f32::NEG_INFINITY } else { max + total.ln() });
-            }
-        }
+    for line in 0..lines {
+        let place = (tile.rows.start + line / group, kv_head * group + line % group);
+        write_head(place, scratch.state[line], &scratch.acc[line * dim..][..dim], out, lse);
+    }
+}
+
+/// Writes the result of one line, which is a (row, head) of the caller's tile and KV head.
+#[inline(always)]
+fn write_head<E: Element>(
+    (row, head): (usize, usize),
+    (max, total): (f32, f32),
+    acc: &[f32],
+    out: &RowsMut<'_, E>,
+    lse: &RowsMut<'_, f32>,
+) {
+    let unseen = total == 0.0; // a visible key adds at least its own exp(0) or NaN
+    // SAFETY: tasks are distinct (tile, KV head) pairs and tiles have distinct rows, so no other task has this head.
+    #[allow(unsafe_code)]
+    unsafe {
+        out.write_head(row, head, |d| E::from_f32(if unseen { 0.0 } else { acc[d] / total }));
+        lse.write_head(row, head, |_| if unseen { f32::NEG_INFINITY } else { max + total.ln() });
     }
 }
 
@@ -342,17 +364,16 @@ impl Scratch {
             q.copy_from_slice(&turned);
         }
     }
+}
 
-    /// Adds the partial output `index` of one split, with its (max, sum), to the running result of `line`.
-    #[inline(always)]
-    fn merge<const FUSED: bool>(&mut self, line: usize, index: usize, dim: usize, new: (f32, f32)) {
-        let (max, total) = self.state[line];
-        let (new_max, new_sum) = new;
-        let merged = if new_max > max { new_max } else { max };
-        let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
-        self.state[line] = (merged, total * keep + new_sum * add);
-        lanes::blend::<FUSED>(&mut self.acc[line * dim..][..dim], keep, &self.partial[index * dim..][..dim], add);
-    }
+/// Adds a split's output `partial`, with its (max, sum), to a running one.
+#[inline(always)]
+fn merge<const FUSED: bool>(state: &mut (f32, f32), acc: &mut [f32], new: (f32, f32), partial: &[f32]) {
+    let ((max, total), (new_max, new_sum)) = (*state, new);
+    let merged = if new_max > max { new_max } else { max };
+    let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
+    *state = (merged, total * keep + new_sum * add);
+    lanes::blend::<FUSED>(acc, keep, partial, add);
 }
 
 /// Turns the scores of the keys `keys` in a line's score buffer into weights; (max, sum).
