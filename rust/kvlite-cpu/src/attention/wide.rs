@@ -17,10 +17,12 @@ use std::ops::Range;
 
 use self::product::{Lying, Turned, add_product, round};
 use self::words::{PANEL, Row, fetch, lanes_of, load, transposed, word};
-use super::{Attention, Tile, find, merge, weigh, write_head};
+use super::parts::Results;
+use super::plan::Tile;
+use super::{Attention, find, merge, weigh};
+use crate::Element;
 use crate::isa::{Isa, Kind};
 use crate::lanes::{LANES, Lane, SCORES, SPLIT};
-use crate::{Element, RowsMut};
 
 /// Most lines that meet a panel together: their sums fill 16 of 32 registers.
 const LINES: usize = 8;
@@ -73,8 +75,7 @@ pub(super) fn compute_tile<E: Element>(
     args: &Attention<'_, E>,
     tile: &Tile,
     kv_head: usize,
-    out: &RowsMut<'_, E>,
-    lse: &RowsMut<'_, f32>,
+    results: &mut Results<'_, '_, E>,
 ) {
     assert!(matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16));
     SCRATCH.with_borrow_mut(|scratch| {
@@ -82,7 +83,7 @@ pub(super) fn compute_tile<E: Element>(
         // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`), and this is one of two.
         #[allow(unsafe_code)]
         unsafe {
-            if is_native::<E>(isa) { walk.run::<true>(out, lse) } else { walk.run::<false>(out, lse) }
+            if is_native::<E>(isa) { walk.run::<true>(results) } else { walk.run::<false>(results) }
         }
     });
 }
@@ -113,7 +114,7 @@ struct Walk<'a, 'e, E> {
 
 impl<E: Element> Walk<'_, '_, E> {
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
-    fn run<const NATIVE: bool>(mut self, out: &RowsMut<'_, E>, lse: &RowsMut<'_, f32>) {
+    fn run<const NATIVE: bool>(mut self, results: &mut Results<'_, '_, E>) {
         self.start::<NATIVE>();
         let (args, tile) = (self.args, self.tile);
         let (lines, group) = (self.lines(), self.group());
@@ -140,7 +141,7 @@ impl<E: Element> Walk<'_, '_, E> {
         let (dim, scratch) = (self.dim(), self.scratch);
         for line in 0..lines {
             let place = (tile.rows.start + line / group, self.kv_head * group + line % group);
-            write_head(place, scratch.state[line], &scratch.acc[line * dim..][..dim], out, lse);
+            results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);
         }
     }
 

@@ -195,6 +195,31 @@ fn a_row_is_bit_identical_alone_batched_chunked_and_threaded() {
     check_independence::<bf16>(&shape(9, 1, 17, 3, &sequences), 11);
 }
 
+fn check_cut<E: Element>(shape: &Shape) {
+    for exec in every_isa() {
+        let problem = Problem::<E>::new(shape, 14);
+        let (out, lse) = problem.run(&exec);
+        for count in [2, 5, 8] {
+            let (cut, cut_lse) = problem.run(&Exec { isa: exec.isa, threads: Threads::new(count) });
+            for row in 0..problem.last_key.len() {
+                let values = |out: &[E]| bits(&out[row * problem.row_stride()..][..stride_used(&problem)]);
+                assert_eq!(values(&out), values(&cut), "{:?} {shape:?} {count} threads row {row}", exec.isa);
+            }
+            assert_eq!(bits(&lse), bits(&cut_lse));
+        }
+        problem.check(&Exec { isa: exec.isa, threads: Threads::new(8) }, 4e-3);
+    }
+}
+
+#[test]
+fn a_row_that_several_threads_share_has_the_bits_it_has_on_one() {
+    let sequences = [(20, 1), (3000, 1), (0, 0), (64, 2), (1029, 1)];
+    check_cut::<f32>(&shape(7, 1, 64, 16, &sequences));
+    check_cut::<f32>(&shape(2, 2, 20, 16, &sequences));
+    check_cut::<bf16>(&shape(14, 2, 64, 16, &sequences));
+    check_cut::<bf16>(&Shape { window: 1501, ..shape(3, 1, 24, 3, &sequences) });
+}
+
 #[test]
 fn rows_that_lie_anywhere_and_in_any_order_keep_the_bits_they_have_alone() {
     check_any_order::<f32>();
