@@ -8,22 +8,27 @@
 //!   row m     (m0, l0, o0)    + (m1, l1, o1)    + (m2, l2, o2)   -> o / l, lse = m + ln l
 //! ```
 //!
-//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head). Tiles of many lines, a
-//! line being one head of one row, turn each split's keys once and score them for several lines together (`columns`).
+//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head); a line is one head of
+//! one row. With AVX-512 (`wide` says when), a tile is two matrix products per split. Elsewhere few lines read keys as they
+//! lie (`heads`), and tiles of many turn each split's keys once and score them for several lines together (`columns`).
 
 mod columns;
 mod heads;
+mod parts;
+mod plan;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
+use self::parts::{Parts, Results};
+use self::plan::Tile;
 use crate::isa::by_isa;
 use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::view::CacheLayout;
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
 
-/// Rows of one task: they share the copy of a split.
-const TILE_ROWS: usize = 32;
 /// With more (row, head) lines than this a tile copies each split to a contiguous f32 tile first: blocks of a pool lie a
 /// power of two apart and would evict each other from the caches between lines.
 const PACK_LINES: usize = 4;
@@ -55,13 +60,6 @@ pub struct Attention<'a, E> {
     pub window: usize,
 }
 
-/// Rows of one sequence that a task computes, with the keys that any of them sees.
-struct Tile {
-    sequence: usize,
-    rows: Range<usize>,
-    keys: Range<usize>,
-}
-
 /// Writes `out` [T, H, D] and `lse` [T, H, 1] (natural log of the sum of exponentials) for the rows of every sequence.
 ///
 /// Other rows stay untouched; a row that sees no key gets 0 and -infinity. Cost 2 * H * D multiply-adds per visible key
@@ -72,91 +70,28 @@ pub fn attention<E: Element>(
     out: &mut RowsMut<'_, E>,
     lse: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
-    let tiles = args.plan(out, lse)?;
     let kv_heads = args.k_cache.layout.kv_heads;
-    let work = tiles.iter().map(|t| t.rows.len() * t.keys.len()).sum::<usize>() * args.q.heads * args.q.dim * 2;
+    let (tiles, cuts) = plan::cut(args.plan(out, lse)?, kv_heads, exec.threads.count());
+    let work = tiles.iter().map(Tile::cost).sum::<usize>() * args.q.heads * args.q.dim * 2;
     let (out, lse) = (&*out, &*lse);
-    exec.threads.run(tiles.len() * kv_heads, work, |task| {
-        // The longest context of a causal prefill comes last; starting there evens out the end.
-        let tile = &tiles[tiles.len() - 1 - task / kv_heads];
-        SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, task % kv_heads, scratch, out, lse));
-    });
+    let mut parts = Parts::new(args, &cuts);
+    {
+        let parts = parts.share();
+        exec.threads.run(tiles.len() * kv_heads, work, |task| {
+            let (tile, kv_head) = (&tiles[task / kv_heads], task % kv_heads);
+            let mut part = tile.part.map(|part| parts[part * kv_heads + kv_head].lock().expect("a part has one task"));
+            let mut results = Results { out, lse, part: part.as_mut().map(|part| &mut ***part) };
+            #[cfg(target_arch = "x86_64")]
+            if wide::serves::<E>(exec.isa, args.q.heads / kv_heads) {
+                return wide::compute_tile(exec.isa, args, tile, kv_head, &mut results);
+            }
+            SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, kv_head, scratch, &mut results));
+        });
+    }
+    for cut in &cuts {
+        parts.merge(exec.isa, args, cut, &mut Results { out, lse, part: None });
+    }
     Ok(())
-}
-
-impl<E: Element> Attention<'_, E> {
-    /// Checks every argument and cuts the sequences into tiles.
-    fn plan(&self, out: &RowsMut<'_, E>, lse: &RowsMut<'_, f32>) -> Result<Vec<Tile>, Error> {
-        self.check_shapes(out, lse)?;
-        let cache = self.k_cache.layout;
-        let limit = self.block_table.blocks * cache.block_size;
-        let mut tiles = Vec::with_capacity(self.seq_row.len());
-        self.check_start(0, 0)?;
-        for sequence in 0..self.seq_row.len() {
-            let first = self.check_start(sequence, 0)?;
-            let last = self.check_start(sequence + 1, first)?;
-            let value = self.seq_row[sequence];
-            let row = usize::try_from(value).ok().filter(|&row| row < self.block_table.rows);
-            let row = row.ok_or(Error::SeqRow { sequence, value, rows: self.block_table.rows })?;
-            let value = self.context_len[sequence];
-            if value < 0 || value as usize > limit {
-                return Err(Error::ContextLen { sequence, value, limit });
-            }
-            let mut seen = Range { start: limit, end: 0 };
-            for start in (first..last).step_by(TILE_ROWS) {
-                let rows = start..last.min(start + TILE_ROWS);
-                let mut keys = Range { start: limit, end: 0 };
-                for visible in rows.clone().map(|row| self.visible(sequence, row)).filter(|keys| !keys.is_empty()) {
-                    keys = keys.start.min(visible.start)..keys.end.max(visible.end);
-                }
-                seen = seen.start.min(keys.start)..seen.end.max(keys.end);
-                tiles.push(Tile { sequence, rows, keys });
-            }
-            self.block_table.check_keys(row, seen, cache.block_size, cache.num_blocks)?;
-        }
-        Ok(tiles)
-    }
-
-    fn check_shapes(&self, out: &RowsMut<'_, E>, lse: &RowsMut<'_, f32>) -> Result<(), Error> {
-        let (q, k, v) = (&self.q, &self.k_cache.layout, &self.v_cache.layout);
-        let sequences = self.seq_row.len();
-        for (name, found, expected) in [
-            ("rows of out", out.rows, q.rows),
-            ("heads of out", out.heads, q.heads),
-            ("head dim of out", out.dim, q.dim),
-            ("rows of lse", lse.rows, q.rows),
-            ("heads of lse", lse.heads, q.heads),
-            ("last dimension of lse", lse.dim, 1),
-            ("length of last_key", self.last_key.len(), q.rows),
-            ("length of context_len", self.context_len.len(), sequences),
-            ("length of query_start", self.query_start.len(), sequences + 1),
-            ("head dim of k_cache", k.dim, q.dim),
-            ("head dim of v_cache", v.dim, k.dim),
-            ("heads of v_cache", v.kv_heads, k.kv_heads),
-            ("block size of v_cache", v.block_size, k.block_size),
-            ("blocks of v_cache", v.num_blocks, k.num_blocks),
-        ] {
-            if found != expected {
-                return Err(Error::Shape { name, found, expected });
-            }
-        }
-        check_groups(q.heads, k.kv_heads)
-    }
-
-    fn check_start(&self, index: usize, low: usize) -> Result<usize, Error> {
-        let (value, high) = (self.query_start[index], self.q.rows);
-        let start = usize::try_from(value).ok().filter(|start| (low..=high).contains(start));
-        start.ok_or(Error::QueryStart { index, value, low, high })
-    }
-
-    /// The keys that a row sees.
-    #[inline(always)]
-    fn visible(&self, sequence: usize, row: usize) -> Range<usize> {
-        let end = (i64::from(self.last_key[row]) + 1).clamp(0, i64::from(self.context_len[sequence])) as usize;
-        let past_last = (i64::from(self.last_key[row]) + 1).max(0) as usize;
-        let start = if self.window == 0 { 0 } else { past_last.saturating_sub(self.window) };
-        if start < end { start..end } else { 0..0 }
-    }
 }
 
 /// Errors unless every KV head serves the same number of query heads.
@@ -197,6 +132,19 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
+/// Appends where the vectors of the keys `range` start.
+#[inline(always)]
+fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize, offsets: &mut Vec<usize>) {
+    let mut key = range.start;
+    while key < range.end {
+        let (block, slot) = (key / layout.block_size, key % layout.block_size);
+        let run = (layout.block_size - slot).min(range.end - key);
+        let block = table[block] as usize; // checked by `BlockTable::check_keys`
+        offsets.extend((slot..slot + run).map(|slot| layout.offset(block, slot, kv_head)));
+        key += run;
+    }
+}
+
 impl Side {
     /// Finds the keys `range` of one split (offsets count from `range.start`) and packs them when `pack` or when they
     /// cannot be read in place (other format, dim not whole chunks).
@@ -211,14 +159,7 @@ impl Side {
     ) {
         let layout: &CacheLayout = &cache.layout;
         self.offsets.clear();
-        let mut key = range.start;
-        while key < range.end {
-            let (block, slot) = (key / layout.block_size, key % layout.block_size);
-            let run = (layout.block_size - slot).min(range.end - key);
-            let block = table[block] as usize; // checked by `BlockTable::check_keys`
-            self.offsets.extend((slot..slot + run).map(|slot| layout.offset(block, slot, kv_head)));
-            key += run;
-        }
+        find(layout, table, range, kv_head, &mut self.offsets);
         self.is_packed = pack || E::as_f32(cache.values).is_none() || !layout.dim.is_multiple_of(LANES);
         if self.is_packed {
             let dim = layout.dim.next_multiple_of(LANES);
@@ -252,8 +193,7 @@ by_isa!(compute_tile<E> = tile_body(
     tile: &Tile,
     kv_head: usize,
     scratch: &mut Scratch,
-    out: &RowsMut<'_, E>,
-    lse: &RowsMut<'_, f32>,
+    results: &mut Results<'_, '_, E>,
 ));
 
 #[inline(always)]
@@ -262,8 +202,7 @@ fn tile_body<E: Element, const FUSED: bool>(
     tile: &Tile,
     kv_head: usize,
     scratch: &mut Scratch,
-    out: &RowsMut<'_, E>,
-    lse: &RowsMut<'_, f32>,
+    results: &mut Results<'_, '_, E>,
 ) {
     let group = args.q.heads / args.k_cache.layout.kv_heads;
     let dim = args.q.dim.next_multiple_of(LANES);
@@ -304,19 +243,9 @@ fn tile_body<E: Element, const FUSED: bool>(
         }
         split += SPLIT;
     }
-    for (i, row) in tile.rows.clone().enumerate() {
-        for g in 0..group {
-            let line = i * group + g;
-            let (max, total) = scratch.state[line];
-            let unseen = total == 0.0; // a visible key adds at least its own exp(0) or NaN
-            let acc = &scratch.acc[line * dim..][..dim];
-            // SAFETY: tasks are distinct (tile, KV head) pairs and tiles have distinct rows, so no other task has this head.
-            #[allow(unsafe_code)]
-            unsafe {
-                out.write_head(row, kv_head * group + g, |d| E::from_f32(if unseen { 0.0 } else { acc[d] / total }));
-                lse.write_head(row, kv_head * group + g, |_| if unseen { f32::NEG_INFINITY } else { max + total.ln() });
-            }
-        }
+    for line in 0..lines {
+        let place = (tile.rows.start + line / group, kv_head * group + line % group);
+        results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);
     }
 }
 
@@ -342,17 +271,16 @@ impl Scratch {
             q.copy_from_slice(&turned);
         }
     }
+}
 
-    /// Adds the partial output `index` of one split, with its (max, sum), to the running result of `line`.
-    #[inline(always)]
-    fn merge<const FUSED: bool>(&mut self, line: usize, index: usize, dim: usize, new: (f32, f32)) {
-        let (max, total) = self.state[line];
-        let (new_max, new_sum) = new;
-        let merged = if new_max > max { new_max } else { max };
-        let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
-        self.state[line] = (merged, total * keep + new_sum * add);
-        lanes::blend::<FUSED>(&mut self.acc[line * dim..][..dim], keep, &self.partial[index * dim..][..dim], add);
-    }
+/// Adds a split's output `partial`, with its (max, sum), to a running one.
+#[inline(always)]
+fn merge<const FUSED: bool>(state: &mut (f32, f32), acc: &mut [f32], new: (f32, f32), partial: &[f32]) {
+    let ((max, total), (new_max, new_sum)) = (*state, new);
+    let merged = if new_max > max { new_max } else { max };
+    let (keep, add) = (lanes::exp::<FUSED>(max - merged), lanes::exp::<FUSED>(new_max - merged));
+    *state = (merged, total * keep + new_sum * add);
+    lanes::blend::<FUSED>(acc, keep, partial, add);
 }
 
 /// Turns the scores of the keys `keys` in a line's score buffer into weights; (max, sum).

@@ -29,7 +29,8 @@ impl Isa {
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             found.push(Isa(Kind::Avx2));
             // VL too: without it code that takes halves of a register, as sums across lanes do, has 16 registers, not 32.
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+            let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl");
+            if wide && is_x86_feature_detected!("avx512bw") {
                 found.push(Isa(Kind::Avx512));
                 if is_x86_feature_detected!("avx512bf16") {
                     found.push(Isa(Kind::Avx512Bf16));

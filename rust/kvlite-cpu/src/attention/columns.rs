@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{Attention, Scratch, weigh};
+use super::{Attention, Scratch, merge, weigh};
 use crate::Element;
 use crate::lanes::{self, LANES, SCORES};
 
@@ -65,6 +65,7 @@ fn lines_split<E: Element, const FUSED: bool>(
         }
     }
     for (i, &(line, _)) in some.iter().enumerate().take(count) {
-        scratch.merge::<FUSED>(line, i, dim, new[i]);
+        let (state, acc) = (&mut scratch.state[line], &mut scratch.acc[line * dim..][..dim]);
+        merge::<FUSED>(state, acc, new[i], &scratch.partial[i * dim..][..dim]);
     }
 }

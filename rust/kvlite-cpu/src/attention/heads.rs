@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::{Attention, Scratch, weigh};
+use super::{Attention, Scratch, merge, weigh};
 use crate::Element;
 use crate::lanes::{self, LANES, SCORES};
 
@@ -47,7 +47,8 @@ fn heads_split<E: Element, const G: usize, const K: usize, const W: usize, const
     partial.fill(0.0);
     lanes::accumulate::<G, W, FUSED>(scores, value_memory, &value_side.offsets, dim, keys, partial);
     for (g, new) in new.into_iter().enumerate() {
-        scratch.merge::<FUSED>(line + g, g, dim, new);
+        let (state, acc) = (&mut scratch.state[line + g], &mut scratch.acc[(line + g) * dim..][..dim]);
+        merge::<FUSED>(state, acc, new, &scratch.partial[g * dim..][..dim]);
     }
     G
 }

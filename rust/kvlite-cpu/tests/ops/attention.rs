@@ -20,6 +20,9 @@ fn odd_shapes() -> Vec<Shape> {
     for window in [1, 7, 64, 256, 1000] {
         shapes.push(Shape { window, ..shape(4, 2, 32, 16, &[(600, 40), (300, 1), (3, 3)]) });
     }
+    for group in 1..=9 {
+        shapes.push(shape(2 * group, 2, 31 * group % 80 + 3, 16, &[(70, 1), (261, 6)]));
+    }
     shapes
 }
 
@@ -45,25 +48,41 @@ fn a_row_sees_keys_up_to_its_last_key_and_no_others() {
     }
 }
 
-#[test]
-fn values_behind_a_rows_last_key_never_reach_it_even_as_nan() {
+/// K and V of `keys` become NaN; it must reach the rows that see one of them and no others.
+fn check_poison<E: Element>(window: usize, dim: usize, keys: std::ops::Range<usize>) {
     for exec in every_isa() {
-        let mut problem = Problem::<f32>::new(&shape(4, 2, 64, 16, &[(300, 60)]), 2);
+        let mut problem = Problem::<E>::new(&Shape { window, ..shape(6, 2, dim, 16, &[(300, 60)]) }, 2);
         let before = problem.run(&exec);
-        // Row 30 sees 271 keys; poison all behind them.
-        for key in 271..300usize {
+        let (heads, stride, width) = (problem.shape.heads, problem.row_stride(), stride_used(&problem));
+        for key in keys.clone() {
             let block = problem.table[problem.seq_row[0] as usize * problem.table_blocks + key / 16] as usize;
             for side in 0..2 {
-                let start = ((block * 2 + side) * 16 + key % 16) * 128;
-                problem.pool[start..start + 128].fill(f32::NAN);
+                let start = ((block * 2 + side) * 16 + key % 16) * 2 * dim;
+                problem.pool[start..start + 2 * dim].fill(E::from_f32(f32::NAN));
             }
         }
         let after = problem.run(&exec);
-        let stride = problem.row_stride();
-        for row in 0..=30 {
-            assert_eq!(bits(&before.0[row * stride..][..256]), bits(&after.0[row * stride..][..256]), "row {row}");
+        for row in 0..60 {
+            let end = 241 + row;
+            let start = if window == 0 { 0 } else { end - window };
+            let name = format!("{:?} window {window} dim {dim} keys {keys:?} row {row}", exec.isa);
+            if start < keys.end && keys.start < end {
+                assert!(after.0[row * stride..][..width].iter().all(|x| x.to_f32().is_nan()), "{name} sees NaN");
+            } else {
+                assert_eq!(bits(&before.0[row * stride..][..width]), bits(&after.0[row * stride..][..width]), "{name}");
+                assert_eq!(bits(&before.1[row * heads..][..heads]), bits(&after.1[row * heads..][..heads]), "{name}");
+            }
         }
-        assert!(after.0[31 * stride].is_nan(), "the poison is real");
+    }
+}
+
+#[test]
+fn keys_reach_the_rows_that_see_them_and_no_others_even_as_nan() {
+    for (window, keys) in [(0, 271..300), (0, 256..257), (0, 299..300), (33, 0..230), (33, 231..232), (34, 240..241)] {
+        check_poison::<f32>(window, 64, keys.clone());
+        check_poison::<bf16>(window, 64, keys.clone());
+        check_poison::<bf16>(window, 50, keys.clone());
+        check_poison::<f16>(window, 21, keys);
     }
 }
 
@@ -172,13 +191,45 @@ fn a_row_is_bit_identical_alone_batched_chunked_and_threaded() {
     check_independence::<f32>(&Shape { window: 100, ..shape(7, 1, 24, 3, &sequences) }, 7);
     check_independence::<bf16>(&shape(3, 3, 64, 16, &sequences), 8);
     check_independence::<f16>(&shape(14, 2, 32, 1, &sequences), 9);
+    check_independence::<bf16>(&Shape { window: 101, ..shape(14, 2, 40, 16, &sequences) }, 10);
+    check_independence::<bf16>(&shape(9, 1, 17, 3, &sequences), 11);
+}
+
+fn check_cut<E: Element>(shape: &Shape) {
+    for exec in every_isa() {
+        let problem = Problem::<E>::new(shape, 14);
+        let (out, lse) = problem.run(&exec);
+        for count in [2, 5, 8] {
+            let (cut, cut_lse) = problem.run(&Exec { isa: exec.isa, threads: Threads::new(count) });
+            for row in 0..problem.last_key.len() {
+                let values = |out: &[E]| bits(&out[row * problem.row_stride()..][..stride_used(&problem)]);
+                assert_eq!(values(&out), values(&cut), "{:?} {shape:?} {count} threads row {row}", exec.isa);
+            }
+            assert_eq!(bits(&lse), bits(&cut_lse));
+        }
+        problem.check(&Exec { isa: exec.isa, threads: Threads::new(8) }, 4e-3);
+    }
+}
+
+#[test]
+fn a_row_that_several_threads_share_has_the_bits_it_has_on_one() {
+    let sequences = [(20, 1), (3000, 1), (0, 0), (64, 2), (1029, 1)];
+    check_cut::<f32>(&shape(7, 1, 64, 16, &sequences));
+    check_cut::<f32>(&shape(2, 2, 20, 16, &sequences));
+    check_cut::<bf16>(&shape(14, 2, 64, 16, &sequences));
+    check_cut::<bf16>(&Shape { window: 1501, ..shape(3, 1, 24, 3, &sequences) });
 }
 
 #[test]
 fn rows_that_lie_anywhere_and_in_any_order_keep_the_bits_they_have_alone() {
+    check_any_order::<f32>();
+    check_any_order::<bf16>();
+}
+
+fn check_any_order<E: Element>() {
     for (heads, kv_heads) in [(4, 2), (7, 1)] {
         for exec in every_isa() {
-            let mut problem = Problem::<f32>::new(&shape(heads, kv_heads, 64, 16, &[(700, 40)]), 12);
+            let mut problem = Problem::<E>::new(&shape(heads, kv_heads, 64, 16, &[(700, 40)]), 12);
             problem.last_key.iter_mut().enumerate().for_each(|(i, last)| *last = (i as i32 * 263 + 5) % 700);
             let (stride, (out, lse)) = (problem.row_stride(), problem.run(&exec));
             for row in 0..40 {

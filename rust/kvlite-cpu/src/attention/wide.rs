@@ -1,0 +1,330 @@
+//! Tiles with AVX-512: a split is two small matrix products, for one decode row and for a tile of a prefill alike.
+//!
+//! ```text
+//!   scores [lines, keys] = q [lines, dim] x keys [dim, keys]     output [lines, dim] += weights [lines, keys] x values [keys, dim]
+//! ```
+//!
+//! Keys are turned as they are read, so no sum crosses lanes; values are read in place. With AVX-512 BF16, scores of bf16
+//! are exact products summed in f32 and weights are rounded to bf16, as the GPU kernels round them; elsewhere all is f32.
+//! A sum runs in ascending order wherever its tile begins and ends, and two keys always share the same word. Called by
+//! `attention`.
+
+mod product;
+mod words;
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use self::product::{Lying, Turned, add_product, round};
+use self::words::{PANEL, Row, fetch, lanes_of, load, transposed, word};
+use super::parts::Results;
+use super::plan::Tile;
+use super::{Attention, find, merge, weigh};
+use crate::Element;
+use crate::isa::{Isa, Kind};
+use crate::lanes::{LANES, Lane, SCORES, SPLIT};
+
+/// Most lines that meet a panel together: their sums fill 16 of 32 registers.
+const LINES: usize = 8;
+/// Keys between the one that is read and the one that is fetched meanwhile: blocks lie anywhere.
+const AHEAD: usize = 32;
+
+/// Buffers of one thread, kept between tasks and calls.
+#[derive(Default)]
+struct Scratch {
+    /// Queries of the tile, [lines, words].
+    q: Vec<u32>,
+    /// Where the keys of the split that any line sees, and some behind it, start; 0 for those before.
+    key_offsets: Vec<usize>,
+    /// As `key_offsets`.
+    value_offsets: Vec<usize>,
+    /// The split's keys, [panels of keys, words].
+    keys: Vec<Row>,
+    /// Scores, then weights, of some lines, [LINES, SCORES].
+    scores: Vec<f32>,
+    /// Weights of the split, [lines, words of keys].
+    weights: Vec<u32>,
+    /// (max, sum) of the split per line.
+    new: Vec<(f32, f32)>,
+    /// Output of the split for some lines, [LINES, dim].
+    partial: Vec<f32>,
+    /// Running (max, sum) per line.
+    state: Vec<(f32, f32)>,
+    /// Running output per line, [lines, dim].
+    acc: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Whether words are pairs.
+fn is_native<E: Element>(isa: Isa) -> bool {
+    isa.0 == Kind::Avx512Bf16 && E::as_bf16(&[]).is_some()
+}
+
+/// Whether it computes every tile of a model with `group` query heads per KV head. One head alone, as f32, is faster where
+/// nothing is turned.
+pub(super) fn serves<E: Element>(isa: Isa, group: usize) -> bool {
+    is_native::<E>(isa) || matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16) && group > 1
+}
+
+/// As `attention::compute_tile`, where `serves` says so.
+pub(super) fn compute_tile<E: Element>(
+    isa: Isa,
+    args: &Attention<'_, E>,
+    tile: &Tile,
+    kv_head: usize,
+    results: &mut Results<'_, '_, E>,
+) {
+    assert!(matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16));
+    SCRATCH.with_borrow_mut(|scratch| {
+        let walk = Walk { args, tile, kv_head, scratch };
+        // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`), and this is one of two.
+        #[allow(unsafe_code)]
+        unsafe {
+            if is_native::<E>(isa) { walk.run::<true>(results) } else { walk.run::<false>(results) }
+        }
+    });
+}
+
+/// `$self.$name::<G, P, NATIVE>(...)` for G = `$lines`: few lines meet two panels at once, or too few sums would be under way.
+macro_rules! by_lines {
+    ($lines:expr, $self:ident . $name:ident $arguments:tt) => {
+        match $lines {
+            1 => $self.$name::<1, 2, NATIVE> $arguments,
+            2 => $self.$name::<2, 2, NATIVE> $arguments,
+            3 => $self.$name::<3, 2, NATIVE> $arguments,
+            4 => $self.$name::<4, 2, NATIVE> $arguments,
+            5 => $self.$name::<5, 1, NATIVE> $arguments,
+            6 => $self.$name::<6, 1, NATIVE> $arguments,
+            7 => $self.$name::<7, 1, NATIVE> $arguments,
+            _ => $self.$name::<LINES, 1, NATIVE> $arguments,
+        }
+    };
+}
+
+/// A tile's way over its splits.
+struct Walk<'a, 'e, E> {
+    args: &'a Attention<'e, E>,
+    tile: &'a Tile,
+    kv_head: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl<E: Element> Walk<'_, '_, E> {
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    fn run<const NATIVE: bool>(mut self, results: &mut Results<'_, '_, E>) {
+        self.start::<NATIVE>();
+        let (args, tile) = (self.args, self.tile);
+        let (lines, group) = (self.lines(), self.group());
+        let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
+        for split in (tile.keys.start / SPLIT * SPLIT..tile.keys.end).step_by(SPLIT) {
+            let keys = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
+            let found = keys.start..tile.keys.end.min(keys.end + AHEAD);
+            for (layout, offsets) in [
+                (&args.k_cache.layout, &mut self.scratch.key_offsets),
+                (&args.v_cache.layout, &mut self.scratch.value_offsets),
+            ] {
+                offsets.clear();
+                offsets.resize(keys.start - split, 0);
+                find(layout, table, found.clone(), self.kv_head, offsets);
+            }
+            self.turn_keys::<NATIVE>(keys.start - split..keys.end - split);
+            for first in (0..lines).step_by(LINES) {
+                by_lines!(lines - first, self.score_lines(first, split));
+            }
+            for first in (0..lines).step_by(LINES) {
+                by_lines!(lines - first, self.add_lines(first, split));
+            }
+        }
+        let (dim, scratch) = (self.dim(), self.scratch);
+        for line in 0..lines {
+            let place = (tile.rows.start + line / group, self.kv_head * group + line % group);
+            results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);
+        }
+    }
+
+    fn group(&self) -> usize {
+        self.args.q.heads / self.args.k_cache.layout.kv_heads
+    }
+
+    fn lines(&self) -> usize {
+        self.tile.rows.len() * self.group()
+    }
+
+    /// The head dimension in whole panels.
+    fn dim(&self) -> usize {
+        self.args.q.dim.next_multiple_of(PANEL)
+    }
+
+    /// Words of a query, a multiple of LANES.
+    fn words<const NATIVE: bool>(&self) -> usize {
+        self.args.q.dim.div_ceil(word(NATIVE)).next_multiple_of(LANES)
+    }
+
+    /// The keys of the split that `line` sees.
+    fn seen(&self, line: usize, split: usize) -> Range<usize> {
+        let keys = self.args.visible(self.tile.sequence, self.tile.rows.start + line / self.group());
+        keys.start.clamp(split, split + SPLIT) - split..keys.end.clamp(split, split + SPLIT) - split
+    }
+
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    fn start<const NATIVE: bool>(&mut self) {
+        let (lines, group, dim, words) = (self.lines(), self.group(), self.dim(), self.words::<NATIVE>());
+        let scratch = &mut *self.scratch;
+        scratch.q.resize(lines * words, 0);
+        for (line, target) in scratch.q.chunks_exact_mut(words).enumerate() {
+            let q = self.args.q.head(self.tile.rows.start + line / group, self.kv_head * group + line % group);
+            for (block, target) in target.as_chunks_mut().0.iter_mut().enumerate() {
+                *target = lanes_of(load::<E, NATIVE>(q, 0, q.len(), block));
+            }
+        }
+        scratch.keys.resize(SPLIT / PANEL * words, Row::default());
+        scratch.scores.resize(LINES * SCORES, 0.0);
+        scratch.weights.resize(lines * SPLIT / word(NATIVE), 0);
+        scratch.new.resize(lines, (0.0, 0.0));
+        scratch.partial.resize(LINES * dim, 0.0);
+        scratch.state.clear();
+        scratch.state.resize(lines, (f32::NEG_INFINITY, 0.0));
+        scratch.acc.clear();
+        scratch.acc.resize(lines * dim, 0.0);
+    }
+
+    /// Panels of the split's keys; lanes without a key are anything.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    #[inline(never)]
+    fn turn_keys<const NATIVE: bool>(&mut self, keys: Range<usize>) {
+        let (dim, words) = (self.args.q.dim, self.words::<NATIVE>());
+        let cache = self.args.k_cache.values;
+        let Scratch { key_offsets, keys: panels, .. } = &mut *self.scratch;
+        for first in (keys.start / LANES * LANES..keys.end).step_by(LANES) {
+            let ahead = key_offsets.get(first + AHEAD..).unwrap_or(&[]);
+            ahead.iter().take(LANES).for_each(|&offset| fetch(cache, offset, dim));
+            let (panel, half) = (&mut panels[first / PANEL * words..][..words], first / LANES % 2);
+            // The nearest key stands for those that are not there.
+            let offsets: [usize; LANES] =
+                std::array::from_fn(|i| key_offsets[(first + i).clamp(keys.start, keys.end - 1)]);
+            for (block, rows) in panel.chunks_exact_mut(LANES).enumerate() {
+                let square = transposed(offsets.map(|offset| load::<E, NATIVE>(cache, offset, dim, block)));
+                for i in 0..LANES {
+                    rows[i].0[half] = lanes_of(square[i]);
+                }
+            }
+        }
+    }
+
+    /// Weights of `G` lines in the split.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    #[inline(never)]
+    fn score_lines<const G: usize, const P: usize, const NATIVE: bool>(&mut self, first: usize, split: usize) {
+        let words = self.words::<NATIVE>();
+        let seen: [Range<usize>; G] = std::array::from_fn(|g| self.seen(first + g, split));
+        let Scratch { q, keys, scores, weights, new, .. } = &mut *self.scratch;
+        let seeing = || seen.iter().filter(|keys| !keys.is_empty());
+        let start = seeing().map(|keys| keys.start / PANEL).min().unwrap_or(0);
+        let end = seeing().map(|keys| keys.end.div_ceil(PANEL)).max().unwrap_or(0);
+        let q = std::array::from_fn(|g| &q[(first + g) * words..][..words]);
+        for scores in scores.chunks_exact_mut(SCORES).take(G) {
+            scores[start * PANEL..end * PANEL].fill(0.0);
+        }
+        let right = Turned { rows: keys, words };
+        add_product::<G, P, NATIVE>(q, right, start..end, (scores.as_chunks_mut().0, SCORES / LANES));
+        for (g, keys) in seen.iter().enumerate().filter(|(_, keys)| !keys.is_empty()) {
+            let scores = &mut scores[g * SCORES..][..SCORES];
+            scores[keys.clone()].iter_mut().for_each(|score| *score *= self.args.scale);
+            new[first + g] = weigh::<true>(scores, keys);
+            // The other halves of the first and the last word.
+            scores[keys.start.saturating_sub(1)..keys.start].fill(0.0);
+            scores[keys.end] = 0.0;
+            let len = SPLIT / word(NATIVE);
+            let weights = &mut weights[(first + g) * len..][..len];
+            if NATIVE {
+                // SAFETY: `compute_tile` sets NATIVE only where the machine has AVX-512 BF16.
+                #[allow(unsafe_code)]
+                unsafe {
+                    round(scores, weights);
+                }
+            } else {
+                weights.iter_mut().zip(&*scores).for_each(|(weight, score)| *weight = score.to_bits());
+            }
+        }
+    }
+
+    /// Adds the split to the running results of `G` lines.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    #[inline(never)]
+    fn add_lines<const G: usize, const P: usize, const NATIVE: bool>(&mut self, first: usize, split: usize) {
+        let (dim, len) = (self.dim(), SPLIT / word(NATIVE));
+        let seen: [Range<usize>; G] = std::array::from_fn(|g| self.seen(first + g, split));
+        let Scratch { value_offsets, weights, partial, new, state, acc, .. } = &mut *self.scratch;
+        let values = Values { cache: self.args.v_cache.values, dim: self.args.q.dim, offsets: value_offsets };
+        let ahead = if first == 0 { value_offsets.get(AHEAD..).unwrap_or(&[]) } else { &[] };
+        let weights: [&[u32]; G] = std::array::from_fn(|g| &weights[(first + g) * len..][..len]);
+        let partial = partial.as_chunks_mut().0;
+        let partial = &mut partial[..G * dim / LANES];
+        partial.fill([0.0; LANES]);
+        if seen.iter().all(|keys| *keys == seen[0]) {
+            values.add::<G, P, NATIVE>(weights, seen[0].clone(), ahead, partial);
+        } else {
+            // What all see, in whole words; the rest of every line before and after it.
+            let start = seen.iter().map(|keys| keys.start).max().unwrap_or(0).next_multiple_of(word(NATIVE));
+            let end = seen.iter().map(|keys| keys.end).min().unwrap_or(0) / word(NATIVE) * word(NATIVE);
+            let common = start..end.max(start);
+            for (g, keys) in seen.iter().enumerate() {
+                let partial = &mut partial[g * dim / LANES..][..dim / LANES];
+                values.add::<1, 2, NATIVE>([weights[g]], keys.start..keys.end.min(common.start), &[], partial);
+            }
+            values.add::<G, P, NATIVE>(weights, common.clone(), ahead, partial);
+            for (g, keys) in seen.iter().enumerate() {
+                let partial = &mut partial[g * dim / LANES..][..dim / LANES];
+                values.add::<1, 2, NATIVE>([weights[g]], keys.start.max(common.end)..keys.end, &[], partial);
+            }
+        }
+        let partial = partial.as_flattened();
+        for (g, _) in seen.iter().enumerate().filter(|(_, keys)| !keys.is_empty()) {
+            let line = first + g;
+            merge::<true>(&mut state[line], &mut acc[line * dim..][..dim], new[line], &partial[g * dim..][..dim]);
+        }
+    }
+}
+
+/// Values of a split.
+#[derive(Clone, Copy)]
+struct Values<'a, E> {
+    cache: &'a [E],
+    dim: usize,
+    offsets: &'a [usize],
+}
+
+impl<E: Element> Values<'_, E> {
+    /// `sums` [G, dim] += weights x values of `keys`; where they begin or end within a word, half of it counts.
+    ///
+    /// Those at `ahead` are fetched meanwhile.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    fn add<const G: usize, const P: usize, const NATIVE: bool>(
+        self,
+        weights: [&[u32]; G],
+        keys: Range<usize>,
+        ahead: &[usize],
+        sums: &mut [Lane],
+    ) {
+        let stride = sums.len() / G;
+        let mut add = |words: Range<usize>, offsets: &[usize], seen: [bool; 2], ahead: &[usize]| {
+            let weights = weights.map(|weights| &weights[words.clone()]);
+            let values = Lying { cache: self.cache, dim: self.dim, offsets, seen, ahead };
+            add_product::<G, P, NATIVE>(weights, values, 0..stride / 2, (&mut *sums, stride));
+        };
+        let whole = keys.start.div_ceil(word(NATIVE))..keys.end / word(NATIVE);
+        if keys.start < whole.start * word(NATIVE) && !keys.is_empty() {
+            add(whole.start - 1..whole.start, &[self.offsets[keys.start]; 2], [false, true], &[]);
+        }
+        if !whole.is_empty() {
+            let keys = whole.start * word(NATIVE)..whole.end * word(NATIVE);
+            add(whole.clone(), &self.offsets[keys.clone()], [true; 2], ahead.get(keys.start..).unwrap_or(&[]));
+        }
+        if whole.end * word(NATIVE) < keys.end && !keys.is_empty() {
+            add(whole.end..whole.end + 1, &[self.offsets[keys.end - 1]; 2], [true, false], &[]);
+        }
+    }
+}
