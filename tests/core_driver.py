@@ -19,6 +19,8 @@ CONFIG: dict[str, Any] = {
     "enable_prefix_caching": True,
     "policy": "fcfs",
     "attention_cost_tokens": 1000,
+    "attention_split_tokens": 256,
+    "group_cost_tokens": 0,
     "reserve_tokens": 4,
     "watermark_ratio": 0.95,
     "segment_cache_ratio": 0.5,

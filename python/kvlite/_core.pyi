@@ -90,6 +90,7 @@ class _CoreStats(TypedDict):
     recomputed_tokens_total: int
     segments_made_total: int
     prefill_tokens_total: int
+    shared_keys_total: int
     generated_tokens_total: int
     discarded_tokens_total: int
     failed_plans_total: int
@@ -273,11 +274,14 @@ def cpu_attention(
     out: _Stored,
     lse: _Float32,
     dtype: str = "float32",
+    prefix_group: _Int32 | None = None,
+    group_seqs: _Int32 | None = None,
 ) -> None:
     """Writes `out` [T, H, D] and `lse` [T, H] for the rows of every sequence; see kernels/attention.
 
     q [T, H, D], rows strided · caches [B, block_size, KH, D], the last dimension contiguous · block_table [R, NB] ·
-    query_start [S+1] · context_len, seq_row [S] · last_key [T]. Raises InvalidArgument before anything is written.
+    query_start [S+1] · context_len, seq_row [S] · last_key [T] · prefix_group [G, 3], group_seqs [M]. Raises
+    InvalidArgument before anything is written.
     """
 
 def cpu_store_kv(

@@ -126,6 +126,7 @@ class EngineConfig:
     )
     max_num_waiting: int = _setting(1024, int, "requests that may wait", low=1, high=1 << 20, core=True)
     enable_prefix_caching: bool = _setting(True, bool, "keep finished KV for later prompts", core=True)
+    prefix_grouping: bool = _setting(True, bool, "read a prefix that running requests share once per step (CPU)")
     policy: Policy = _setting(Policy.FCFS, Policy, "order of admission", core=True)  # noqa: RUF009
     reuse: DefaultReuse = _setting(DefaultReuse.PREFIX, DefaultReuse, "cached KV that a request takes unless it says")  # noqa: RUF009
     reuse_method: str = _setting("query", str, "how blended requests choose the rows to recompute")

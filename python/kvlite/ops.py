@@ -56,6 +56,8 @@ class Ops:
     linear: LinearOp
     invariant_linear: LinearOp | None = None
     """As `linear`, with a row's bits depending on that row alone, where there is such a form."""
+    shares_prefixes: bool = False
+    """Whether `attention` reads keys that a prefix group shares once for all of it."""
     widens_weights: bool = False
     """Whether `linear` multiplies 16-bit weights with fp32 rows without a whole copy of them."""
     record: Record | None = None
@@ -354,6 +356,7 @@ def _cpu() -> Ops:
         sample=rust.sample,
         linear=linear,
         invariant_linear=rust.linear,
+        shares_prefixes=True,
         widens_weights=True,
         record=rust.record,
         few_rows=few_rows,

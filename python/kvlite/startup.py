@@ -25,6 +25,7 @@ from kvlite.ops import Ops, select
 from kvlite.request import RequestLimits, resolve_method
 from kvlite.reuse_types import Reuse
 from kvlite.runner.graphs import CudaRecorder, graph_sizes
+from kvlite.runner.grouping import NEVER, SPLIT, measure_group_cost
 from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
@@ -130,7 +131,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     )
     _check_method(limits)
     identity = _Identity(_canonical_prefix(config, tokenizer, limits), _digest(directory, model, dtype))
-    core, arenas = _core_and_arenas(config, model, limits, identity, device)
+    group_cost = measure_group_cost(ops, model, dtype) if config.prefix_grouping else NEVER
+    core, arenas = _core_and_arenas(config, model, limits, identity, device, group_cost)
     startup = Startup(
         model=str(directory),
         device=str(device),
@@ -268,7 +270,12 @@ def _digest(directory: Path, model: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def _core_and_arenas(
-    config: EngineConfig, model: ModelConfig, limits: RequestLimits, identity: _Identity, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    limits: RequestLimits,
+    identity: _Identity,
+    device: torch.device,
+    group_cost: int,
 ) -> tuple[_core.Core, tuple[Arena, Arena]]:
     values: dict[str, Any] = config.core_values() | {
         "max_model_len": limits.max_model_len,
@@ -276,6 +283,8 @@ def _core_and_arenas(
         "num_blocks": limits.pool_tokens // config.block_size,
         "vocab_size": model.vocab_size,
         "attention_cost_tokens": attention_cost_tokens(model),
+        "attention_split_tokens": SPLIT,
+        "group_cost_tokens": group_cost,
         "hash_seed": secrets.randbits(63),
         "canonical_prefix": identity.canonical_prefix,
         "model_digest": identity.model_digest,

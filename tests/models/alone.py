@@ -18,7 +18,7 @@ def rows_alone() -> ops.Ops:
     def attention(
         q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
         query_start: torch.Tensor, context_len: torch.Tensor, seq_row: torch.Tensor, last_key: torch.Tensor,
-        scale: float, window: int, out: torch.Tensor, lse: torch.Tensor,
+        scale: float, window: int, out: torch.Tensor, lse: torch.Tensor, *groups: torch.Tensor | None,
     ) -> None:  # fmt: skip
         one = torch.tensor([0, 1], dtype=torch.int32)
         for s, (first, end) in enumerate(zip(query_start.tolist(), query_start.tolist()[1:], strict=False)):

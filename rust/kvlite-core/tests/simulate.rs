@@ -213,7 +213,10 @@ fn every_seed_keeps_every_promise_and_ends() {
     println!("{shared} keys of shared prefixes read for others");
     println!("{seen:?}");
     if seeds.end - seeds.start >= DEFAULT_SEEDS {
-        assert!(preemptions > 1000 && hits > 10_000 && failed > 100 && shared > 10_000, "the simulation reaches its corners");
+        assert!(
+            preemptions > 1000 && hits > 10_000 && failed > 100 && shared > 10_000,
+            "the simulation reaches its corners"
+        );
         seen.check();
     }
 }

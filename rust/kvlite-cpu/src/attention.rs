@@ -9,10 +9,11 @@
 //! ```
 //!
 //! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head); a line is one head of
-//! one row. With AVX-512 (`wide` says when), a tile is two matrix products per split. Elsewhere few lines read keys as they
+//! one row. Rows of a group walk the splits that they share as one tile, before each goes on alone (`groups`). With AVX-512 (`wide` says when), a tile is two matrix products per split. Elsewhere few lines read keys as they
 //! lie (`heads`), and tiles of many turn each split's keys once and score them for several lines together (`columns`).
 
 mod columns;
+mod groups;
 mod heads;
 mod parts;
 mod plan;
@@ -22,6 +23,7 @@ mod wide;
 use std::cell::RefCell;
 use std::ops::Range;
 
+pub use self::groups::PrefixGroups;
 use self::parts::{Parts, Results};
 use self::plan::Tile;
 use crate::isa::by_isa;
@@ -58,40 +60,58 @@ pub struct Attention<'a, E> {
     pub scale: f32,
     /// Visible keys up to and with `last_key`; 0 = all.
     pub window: usize,
+    /// Which sequences share their first keys; a matter of speed alone, and unused with a window.
+    pub groups: Option<PrefixGroups<'a>>,
 }
 
 /// Writes `out` [T, H, D] and `lse` [T, H, 1] (natural log of the sum of exponentials) for the rows of every sequence.
 ///
 /// Other rows stay untouched; a row that sees no key gets 0 and -infinity. Cost 2 * H * D multiply-adds per visible key
-/// and row. Errors before anything is written when shapes disagree or a visible key lies outside the pool.
+/// and row. Errors before anything is written when shapes disagree, a visible key lies outside the pool, or sequences of a
+/// group do not share what it says.
 pub fn attention<E: Element>(
     exec: &Exec,
     args: &Attention<'_, E>,
     out: &mut RowsMut<'_, E>,
     lse: &mut RowsMut<'_, f32>,
 ) -> Result<(), Error> {
-    let kv_heads = args.k_cache.layout.kv_heads;
-    let (tiles, cuts) = plan::cut(args.plan(out, lse)?, kv_heads, exec.threads.count());
-    let work = tiles.iter().map(Tile::cost).sum::<usize>() * args.q.heads * args.q.dim * 2;
+    let mut tiles = args.plan(out, lse)?;
+    let shared = groups::take_prefixes(args, &mut tiles)?;
     let (out, lse) = (&*out, &*lse);
-    let mut parts = Parts::new(args, &cuts);
-    {
-        let parts = parts.share();
-        exec.threads.run(tiles.len() * kv_heads, work, |task| {
-            let (tile, kv_head) = (&tiles[task / kv_heads], task % kv_heads);
-            let mut part = tile.part.map(|part| parts[part * kv_heads + kv_head].lock().expect("a part has one task"));
-            let mut results = Results { out, lse, part: part.as_mut().map(|part| &mut ***part) };
-            #[cfg(target_arch = "x86_64")]
-            if wide::serves::<E>(exec.isa, args.q.heads / kv_heads) {
-                return wide::compute_tile(exec.isa, args, tile, kv_head, &mut results);
-            }
-            SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, kv_head, scratch, &mut results));
-        });
-    }
+    let begun = run(exec, args, &shared, &Parts::default(), out, lse);
+    let (tiles, cuts) = plan::cut(tiles, args.k_cache.layout.kv_heads, exec.threads.count());
+    let parts = run(exec, args, &tiles, &begun, out, lse);
     for cut in &cuts {
-        parts.merge(exec.isa, args, cut, &mut Results { out, lse, part: None });
+        parts.merge(exec.isa, args, cut, &mut Results { out, lse, part: None, begun: &begun });
     }
     Ok(())
+}
+
+/// Computes every tile for every KV head; returns the parts that tiles have.
+fn run<E: Element>(
+    exec: &Exec,
+    args: &Attention<'_, E>,
+    tiles: &[Tile],
+    begun: &Parts,
+    out: &RowsMut<'_, E>,
+    lse: &RowsMut<'_, f32>,
+) -> Parts {
+    let kv_heads = args.k_cache.layout.kv_heads;
+    let work = tiles.iter().map(Tile::cost).sum::<usize>() * args.q.heads * args.q.dim * 2;
+    let mut parts = Parts::new(args, tiles);
+    let shares = parts.share();
+    exec.threads.run(tiles.len() * kv_heads, work, |task| {
+        let (tile, kv_head) = (&tiles[task / kv_heads], task % kv_heads);
+        let mut part = tile.part.map(|part| shares[part * kv_heads + kv_head].lock().expect("a part has one task"));
+        let mut results = Results { out, lse, part: part.as_mut().map(|part| &mut ***part), begun };
+        #[cfg(target_arch = "x86_64")]
+        if wide::serves::<E>(exec.isa, args.q.heads / kv_heads) {
+            return wide::compute_tile(exec.isa, args, tile, kv_head, &mut results);
+        }
+        SCRATCH.with_borrow_mut(|scratch| compute_tile(exec.isa, args, tile, kv_head, scratch, &mut results));
+    });
+    drop(shares);
+    parts
 }
 
 /// Errors unless every KV head serves the same number of query heads.
@@ -208,10 +228,10 @@ fn tile_body<E: Element, const FUSED: bool>(
     let dim = args.q.dim.next_multiple_of(LANES);
     let lines = tile.rows.len() * group;
     scratch.start(lines, group, dim);
-    for (i, row) in tile.rows.clone().enumerate() {
-        for g in 0..group {
-            widen(args.q.head(row, kv_head * group + g), &mut scratch.q[(i * group + g) * dim..][..dim]);
-        }
+    for line in 0..lines {
+        let place = (tile.rows.at(line / group), kv_head * group + line % group);
+        widen(args.q.head(place.0, place.1), &mut scratch.q[line * dim..][..dim]);
+        results.resume(tile.begun, line, kv_head, &mut scratch.state[line], &mut scratch.acc[line * dim..][..dim]);
     }
     let turns = lines >= COLUMN_LINES;
     if turns {
@@ -231,11 +251,11 @@ fn tile_body<E: Element, const FUSED: bool>(
         };
         if turns {
             scratch.keys.turn(dim);
-            let lines = (0..lines).map(|line| (line, seen(tile.rows.start + line / group)));
+            let lines = (0..lines).map(|line| (line, seen(tile.rows.at(line / group))));
             columns::tile_split::<E, FUSED>(args, scratch, lines);
         } else {
-            for (i, row) in tile.rows.clone().enumerate() {
-                let keys = seen(row);
+            for i in 0..tile.rows.len() {
+                let keys = seen(tile.rows.at(i));
                 if !keys.is_empty() {
                     heads::row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
                 }
@@ -244,7 +264,7 @@ fn tile_body<E: Element, const FUSED: bool>(
         split += SPLIT;
     }
     for line in 0..lines {
-        let place = (tile.rows.start + line / group, kv_head * group + line % group);
+        let place = (tile.rows.at(line / group), kv_head * group + line % group);
         results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);
     }
 }

@@ -80,6 +80,40 @@ pub enum Error {
         /// Blocks of the pool.
         num_blocks: usize,
     },
+    /// A group outside `group_seqs`, or with a negative number of keys.
+    #[error("prefix_group[{index}] is [{first}, {count}, {keys}], which group_seqs does not hold")]
+    PrefixGroup {
+        /// Row of `prefix_group`.
+        index: usize,
+        /// Its first entry of `group_seqs`.
+        first: i32,
+        /// Its sequences.
+        count: i32,
+        /// Its keys.
+        keys: i32,
+    },
+    /// A group names a sequence that is not there, or is in a group already.
+    #[error("prefix_group[{index}] names sequence {seq}, which is in another one or none of the {sequences}")]
+    GroupSeq {
+        /// Row of `prefix_group`.
+        index: usize,
+        /// What was given.
+        seq: i32,
+        /// Sequences of the call.
+        sequences: usize,
+    },
+    /// A sequence of a group has other keys than its first one, or rows that do not see them.
+    #[error(
+        "prefix_group[{index}] says that sequence {seq} shares {keys} keys, but other blocks hold them or a row sees fewer"
+    )]
+    GroupKeys {
+        /// Row of `prefix_group`.
+        index: usize,
+        /// The sequence.
+        seq: i32,
+        /// Keys of the group.
+        keys: usize,
+    },
     /// A slot outside the pool.
     #[error("slot_mapping[{token}] is {slot}, allowed are -1 (skipped) to {last}")]
     Slot {

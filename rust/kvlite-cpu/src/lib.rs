@@ -24,7 +24,7 @@ mod store_kv;
 mod threads;
 mod view;
 
-pub use attention::{Attention, attention};
+pub use attention::{Attention, PrefixGroups, attention};
 pub use element::Element;
 pub use error::Error;
 pub use half::{bf16, f16};

@@ -6,7 +6,8 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kvlite_cpu::{
-    Attention, BlockTable, Exec, Isa, KeyMass, KvCache, KvCacheCells, PlaceKv, PoolMut, Rows, RowsMut, bf16, f16,
+    Attention, BlockTable, Exec, Isa, KeyMass, KvCache, KvCacheCells, PlaceKv, PoolMut, PrefixGroups, Rows, RowsMut,
+    bf16, f16,
 };
 use pyo3::prelude::*;
 use pyo3::wrap_pyfunction;
@@ -66,7 +67,7 @@ pub(crate) type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 /// Writes out and lse for the rows of every sequence; see kernels/attention.
 #[pyfunction]
 #[pyo3(signature = (q, k_cache, v_cache, block_table, query_start, context_len, seq_row, last_key, scale, window, out, lse,
-                    dtype = "float32"))]
+                    dtype = "float32", prefix_group = None, group_seqs = None))]
 #[expect(clippy::too_many_arguments, reason = "the kernel contract's own list")]
 fn cpu_attention(
     q: Object<'_, '_>,
@@ -82,6 +83,8 @@ fn cpu_attention(
     out: Object<'_, '_>,
     lse: Object<'_, '_>,
     dtype: &str,
+    prefix_group: Option<Object<'_, '_>>,
+    group_seqs: Option<Object<'_, '_>>,
 ) -> PyResult<()> {
     let window = usize::try_from(window).map_err(|_| invalid("window", format!("window is {window}, 0 means none")))?;
     let ints = AttentionInts {
@@ -90,6 +93,7 @@ fn cpu_attention(
         context_len: Array::new("context_len", context_len)?.packed_from(0)?,
         seq_row: Array::new("seq_row", seq_row)?.packed_from(0)?,
         last_key: Array::new("last_key", last_key)?.packed_from(0)?,
+        groups: groups(prefix_group, group_seqs)?,
     };
     with_dtype!(dtype, run_attention(q, k_cache, v_cache, ints, scale, window, out, lse))
 }
@@ -100,6 +104,20 @@ struct AttentionInts {
     context_len: Array<i32, 1>,
     seq_row: Array<i32, 1>,
     last_key: Array<i32, 1>,
+    /// [G, 3] and [M].
+    groups: Option<(Array<i32, 2>, Array<i32, 1>)>,
+}
+
+fn groups(
+    prefix_group: Option<Object<'_, '_>>,
+    group_seqs: Option<Object<'_, '_>>,
+) -> PyResult<Option<(Array<i32, 2>, Array<i32, 1>)>> {
+    let (Some(groups), Some(seqs)) = (prefix_group, group_seqs) else { return Ok(None) };
+    let groups = Array::new("prefix_group", groups)?.packed_from(0)?;
+    if groups.shape[1] != 3 {
+        return Err(invalid("prefix_group", format!("prefix_group has {} columns, expected 3", groups.shape[1])));
+    }
+    Ok(Some((groups, Array::new("group_seqs", seqs)?.packed_from(0)?)))
 }
 
 #[expect(clippy::too_many_arguments, reason = "the kernel contract's own list")]
@@ -119,9 +137,11 @@ fn run_attention<T: Stored + kvlite_cpu::Element>(
     let v_cache = Array::<T, 4>::new("v_cache", v_cache)?.packed_from(3)?;
     let out = Array::<T, 3>::new("out", out)?.packed_from(1)?;
     let lse = Array::<f32, 2>::new("lse", lse)?.packed_from(1)?;
-    let AttentionInts { block_table, query_start, context_len, seq_row, last_key } = ints;
+    let AttentionInts { block_table, query_start, context_len, seq_row, last_key, groups } = ints;
     let mut others = vec![q.span(), k_cache.span(), v_cache.span(), block_table.span(), query_start.span()];
-    others.extend([context_len.span(), seq_row.span(), last_key.span(), lse.span()]);
+    others.extend([context_len.span(), seq_row.span(), last_key.span()]);
+    others.extend(groups.iter().flat_map(|(groups, seqs)| [groups.span(), seqs.span()]));
+    others.push(lse.span());
     let mut out = out.exclusive(&others)?;
     others.pop();
     let mut lse = lse.exclusive(&others)?;
@@ -137,6 +157,9 @@ fn run_attention<T: Stored + kvlite_cpu::Element>(
             last_key: last_key.slice(),
             scale,
             window,
+            groups: groups
+                .as_ref()
+                .map(|(groups, seqs)| PrefixGroups { groups: groups.slice().as_chunks().0, seqs: seqs.slice() }),
         };
         let (shape, [row, ..]) = out.layout();
         let mut out = RowsMut::new("out", out.slice(), shape, row)?;

@@ -49,6 +49,8 @@ pub fn from_cpu(error: &kvlite_cpu::Error) -> PyErr {
         Error::SeqRow { .. } => "seq_row",
         Error::ContextLen { .. } => "context_len",
         Error::Block { .. } => "block_table",
+        Error::PrefixGroup { .. } | Error::GroupKeys { .. } => "prefix_group",
+        Error::GroupSeq { .. } => "group_seqs",
         Error::Slot { .. } => "slot_mapping",
         Error::RowSlot { name, .. } | Error::SharedSlot { name, .. } => name,
         Error::QueryRow { .. } => "rows",

@@ -10,16 +10,53 @@ use crate::lanes::SPLIT;
 use crate::{Element, Error, RowsMut};
 
 /// Rows of one task: they share the copy of a split.
-const TILE_ROWS: usize = 32;
+pub(super) const TILE_ROWS: usize = 32;
 
-/// Rows of one sequence that a task computes, with the keys that any of them sees.
+/// Rows that a task computes over one block table, with the keys of it that any of them sees.
 #[derive(Clone)]
 pub(super) struct Tile {
+    /// Whose block table and context it is.
     pub(super) sequence: usize,
-    pub(super) rows: Range<usize>,
+    pub(super) rows: TileRows,
     pub(super) keys: Range<usize>,
-    /// The tile is one split of a row that was cut, and its results are this part of the call's.
+    /// Its results are no rows of the caller's but this part: of a row that was cut, or the keys that a group shares.
     pub(super) part: Option<usize>,
+    /// Its rows go on from where this part of their group left them, its rows from this one on.
+    pub(super) begun: Option<(usize, usize)>,
+}
+
+/// Rows of a tile.
+#[derive(Clone)]
+pub(super) enum TileRows {
+    /// Of one sequence.
+    Run(Range<usize>),
+    /// Of a group.
+    Listed(Vec<usize>),
+}
+
+impl TileRows {
+    #[inline(always)]
+    pub(super) fn at(&self, index: usize) -> usize {
+        match self {
+            TileRows::Run(rows) => rows.start + index,
+            TileRows::Listed(rows) => rows[index],
+        }
+    }
+
+    pub(super) fn extend(&mut self, more: Vec<usize>) {
+        match self {
+            TileRows::Run(rows) => *self = TileRows::Listed(rows.clone().chain(more).collect()),
+            TileRows::Listed(rows) => rows.extend(more),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn len(&self) -> usize {
+        match self {
+            TileRows::Run(rows) => rows.len(),
+            TileRows::Listed(rows) => rows.len(),
+        }
+    }
 }
 
 impl Tile {
@@ -33,6 +70,8 @@ impl Tile {
 pub(super) struct Cut {
     pub(super) row: usize,
     pub(super) parts: Range<usize>,
+    /// As `Tile::begun`.
+    pub(super) begun: Option<(usize, usize)>,
 }
 
 /// Cuts rows into splits that would keep one thread busy while others have nothing left; the longest tasks come first.
@@ -58,10 +97,10 @@ pub(super) fn cut(mut tiles: Vec<Tile>, kv_heads: usize, threads: usize) -> (Vec
         let mut start = tile.keys.start;
         while start < tile.keys.end {
             let end = tile.keys.end.min((start / SPLIT + 1) * SPLIT);
-            pieces.push(Tile { keys: start..end, part: Some(parts), ..tile.clone() });
+            pieces.push(Tile { keys: start..end, part: Some(parts), begun: None, ..tile.clone() });
             (start, parts) = (end, parts + 1);
         }
-        cuts.push(Cut { row: tile.rows.start, parts: first..parts });
+        cuts.push(Cut { row: tile.rows.at(0), parts: first..parts, begun: tile.begun });
     }
     whole.extend(pieces);
     whole.sort_unstable_by_key(|tile| Reverse(tile.cost()));
@@ -94,7 +133,7 @@ impl<E: Element> Attention<'_, E> {
                     keys = keys.start.min(visible.start)..keys.end.max(visible.end);
                 }
                 seen = seen.start.min(keys.start)..seen.end.max(keys.end);
-                tiles.push(Tile { sequence, rows, keys, part: None });
+                tiles.push(Tile { sequence, rows: TileRows::Run(rows), keys, part: None, begun: None });
             }
             self.block_table.check_keys(row, seen, cache.block_size, cache.num_blocks)?;
         }
@@ -148,7 +187,13 @@ mod tests {
     use super::*;
 
     fn rows(contexts: &[usize]) -> Vec<Tile> {
-        let tile = |(row, &end): (usize, &usize)| Tile { sequence: row, rows: row..row + 1, keys: 0..end, part: None };
+        let tile = |(row, &end): (usize, &usize)| Tile {
+            sequence: row,
+            rows: TileRows::Run(row..row + 1),
+            keys: 0..end,
+            part: None,
+            begun: None,
+        };
         contexts.iter().enumerate().map(tile).collect()
     }
 
@@ -171,7 +216,8 @@ mod tests {
         let mut parts: Vec<&Tile> = tiles.iter().filter(|tile| tile.part.is_some()).collect();
         parts.sort_by_key(|tile| tile.part);
         for tile in parts {
-            assert!(tile.keys.start == next && tile.keys.start.is_multiple_of(SPLIT) && tile.rows == (1..2));
+            assert!(tile.keys.start == next && tile.keys.start.is_multiple_of(SPLIT));
+            assert!(tile.rows.len() == 1 && tile.rows.at(0) == 1);
             next = tile.keys.end;
         }
         assert_eq!(next, 4000);

@@ -117,7 +117,11 @@ impl<E: Element> Walk<'_, '_, E> {
     fn run<const NATIVE: bool>(mut self, results: &mut Results<'_, '_, E>) {
         self.start::<NATIVE>();
         let (args, tile) = (self.args, self.tile);
-        let (lines, group) = (self.lines(), self.group());
+        let (lines, group, dim) = (self.lines(), self.group(), self.dim());
+        for line in 0..lines {
+            let Scratch { state, acc, .. } = &mut *self.scratch;
+            results.resume(tile.begun, line, self.kv_head, &mut state[line], &mut acc[line * dim..][..dim]);
+        }
         let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
         for split in (tile.keys.start / SPLIT * SPLIT..tile.keys.end).step_by(SPLIT) {
             let keys = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
@@ -138,9 +142,9 @@ impl<E: Element> Walk<'_, '_, E> {
                 by_lines!(lines - first, self.add_lines(first, split));
             }
         }
-        let (dim, scratch) = (self.dim(), self.scratch);
+        let scratch = self.scratch;
         for line in 0..lines {
-            let place = (tile.rows.start + line / group, self.kv_head * group + line % group);
+            let place = (tile.rows.at(line / group), self.kv_head * group + line % group);
             results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);
         }
     }
@@ -165,7 +169,7 @@ impl<E: Element> Walk<'_, '_, E> {
 
     /// The keys of the split that `line` sees.
     fn seen(&self, line: usize, split: usize) -> Range<usize> {
-        let keys = self.args.visible(self.tile.sequence, self.tile.rows.start + line / self.group());
+        let keys = self.args.visible(self.tile.sequence, self.tile.rows.at(line / self.group()));
         keys.start.clamp(split, split + SPLIT) - split..keys.end.clamp(split, split + SPLIT) - split
     }
 
@@ -175,7 +179,7 @@ impl<E: Element> Walk<'_, '_, E> {
         let scratch = &mut *self.scratch;
         scratch.q.resize(lines * words, 0);
         for (line, target) in scratch.q.chunks_exact_mut(words).enumerate() {
-            let q = self.args.q.head(self.tile.rows.start + line / group, self.kv_head * group + line % group);
+            let q = self.args.q.head(self.tile.rows.at(line / group), self.kv_head * group + line % group);
             for (block, target) in target.as_chunks_mut().0.iter_mut().enumerate() {
                 *target = lanes_of(load::<E, NATIVE>(q, 0, q.len(), block));
             }

@@ -125,6 +125,7 @@ impl<E: Element> Problem<E> {
             seq_row: &self.seq_row,
             last_key: &self.last_key,
             scale: self.scale(),
+            groups: None,
             window: self.shape.window,
         }
     }
