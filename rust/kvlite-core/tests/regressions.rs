@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::Asked;
 use common::engine::{Engine, Outcome, small_config};
+use common::{Asked, Blend};
 use kvlite_core::plan::{Header, Region};
-use kvlite_core::{CoreConfig, CoreError, FinishReason};
+use kvlite_core::{CoreConfig, CoreError, FinishReason, SpanOutcome};
 
 fn prompt(salt: i32, len: usize) -> Vec<i32> {
     (0..len as i32).map(|at| (at * 7 + salt * 13) % 90).collect()
@@ -295,6 +295,29 @@ fn generated_tokens_are_found_by_the_next_turn_of_a_conversation() {
     next.extend(engine.output(first));
     next.push(3);
     assert_eq!(run(&mut engine, Asked::new(&next, 1)), 24, "all full blocks of the 24 tokens whose KV was written");
+}
+
+#[test] // found by `simulate`: the rows that the copy would have brought were computed as new, under the recipe's label
+fn reused_rows_whose_copy_finds_no_room_are_placed_or_the_recipe_is_given_up() {
+    // One row of the document lies in the block to copy from. Pinned, its segment costs no further room.
+    for (num_blocks, pinned, expected) in [(4, false, (0, SpanOutcome::Hole)), (6, true, (4, SpanOutcome::Hit))] {
+        let mut engine = Engine::new(CoreConfig { num_blocks, canonical_prefix: vec![98], ..small_config() });
+        let blend =
+            Blend { spans: vec![(0, 5)], method_id: 0, ratio: 0.0, rounds: vec![], scores: None, decode_rows: 0 };
+        let asked = |len: usize| Asked { blend: Some(blend.clone()), ..Asked::new(&prompt(1, len), 3) };
+        engine.add(Asked { precompute: Some(pinned), ..Asked::new(&prompt(1, 5), 0) }).unwrap();
+        // This one leaves two blocks of the recipe; the second ends in its output.
+        engine.add(asked(6)).unwrap();
+        while engine.num_live() > 0 {
+            engine.turn();
+        }
+        let handle = engine.add(asked(13)).unwrap();
+        engine.turn();
+        let report = engine.core.reuse_report(handle).unwrap();
+        assert_eq!((report.prefix_tokens, report.spans[0]), expected);
+        engine.pin_segment(0, &prompt(1, 5), false).unwrap();
+        engine.drain(50);
+    }
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Core {
     /// Puts a waiting sequence into the queue, or outside it: missing segments are sent for at once, and made while others
     /// run.
     pub(super) fn enqueue(&mut self, slot: u32) {
-        if self.seq(slot).blend.is_none() || self.prepare(slot).is_some() {
+        if self.seq(slot).blend.is_none() || self.prepare(slot, true).is_some() {
             let seq = self.seq(slot);
             self.waiting.insert((seq.rank, seq.choice, slot));
         }

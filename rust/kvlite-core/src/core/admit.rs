@@ -14,15 +14,17 @@ impl Core {
     pub(super) fn admit(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, budget: &mut Budget) {
         while budget.tokens() > 0 {
             let Some(&(_, _, slot)) = self.waiting.first() else { break };
-            if !self.try_admit(slot, plan, record, budget) {
+            if !self.try_admit(slot, true, plan, record, budget) {
                 break;
             }
         }
     }
 
+    /// False: it stays at the head. `may_copy`: a partial hit is worth its block.
     fn try_admit(
         &mut self,
         slot: u32,
+        may_copy: bool,
         plan: &mut PlanWriter<'_>,
         record: &mut PlanRecord,
         budget: &mut Budget,
@@ -43,8 +45,9 @@ impl Core {
             return false;
         }
         let is_blend = self.seq(slot).blend.is_some();
-        let found = if is_blend { self.prepare(slot) } else { Some((self.find_prefix(slot), None)) };
-        let Some((mut partial, recipe)) = found else { return true };
+        let found =
+            if is_blend { self.prepare(slot, may_copy) } else { Some((self.find_prefix(slot, may_copy), None)) };
+        let Some((partial, recipe)) = found else { return true };
         if self.waits_for_neighbour(slot) {
             self.seq_mut(slot).held_steps += 1;
             return false;
@@ -63,15 +66,7 @@ impl Core {
         self.use_segments(slot);
         let wanted = (known.div_ceil(self.config.block_size) - num_hits) as usize;
         let mut fresh = std::mem::take(&mut self.scratch_blocks);
-        let mut fits = (is_alone || self.has_room(slot, num_rows)) && self.obtain(makes, wanted, cursor, &mut fresh);
-        if !fits
-            && is_alone
-            && makes.is_none()
-            && let Some(hit) = partial.take()
-        {
-            self.cache.unpin(hit.block); // Alone in a full pool, the source of the copy may be the block that is missing.
-            fits = self.cache.alloc(wanted, cursor, &mut fresh);
-        }
+        let fits = (is_alone || self.has_room(slot, num_rows)) && self.obtain(makes, wanted, cursor, &mut fresh);
         if fits {
             self.take_in(slot, &mut fresh, partial, recipe, plan, record);
             if self.seq(slot).is_blending() {
@@ -87,6 +82,11 @@ impl Core {
             self.refused = Some((slot, self.room_epoch));
         }
         self.scratch_blocks = fresh;
+        if !fits && is_alone && partial.is_some() {
+            // The source of the copy may be the block that is missing. What a blend places depends on how far its hit
+            // reaches, so it is surveyed anew.
+            return self.try_admit(slot, false, plan, record, budget);
+        }
         fits || (is_alone && self.ask_for_less(slot))
     }
 
@@ -129,7 +129,7 @@ impl Core {
 
     /// Makes what the head of the queue will hit the last to be evicted; at most once per change of room.
     fn keep_prefix_warm(&mut self, slot: u32) {
-        self.find_prefix(slot);
+        self.find_prefix(slot, true);
         if let Some(&cursor) = self.scratch_hits.last() {
             self.cache.pin(cursor);
             self.cache.unpin(cursor);
@@ -137,7 +137,7 @@ impl Core {
     }
 
     /// Full hits go to `scratch_hits`; at least one token is left to compute.
-    fn find_prefix(&mut self, slot: u32) -> Option<PartialHit> {
+    fn find_prefix(&mut self, slot: u32, may_copy: bool) -> Option<PartialHit> {
         self.scratch_hits.clear();
         let seq = &self.seqs[slot as usize];
         let state = self.requests[seq.request as usize].as_ref().expect("a waiting sequence has its request");
@@ -146,7 +146,8 @@ impl Core {
         }
         let tokens = &seq.tokens[..seq.tokens.len() - 1];
         let max_blocks = tokens.len() / self.config.block_size as usize;
-        self.cache.match_prefix(Lookup::exact(seq.label), tokens, max_blocks, &mut self.scratch_hits)
+        let lookup = Lookup::exact(seq.label);
+        self.cache.match_prefix(lookup, tokens, max_blocks, &mut self.scratch_hits).filter(|_| may_copy)
     }
 
     /// Whether a running neighbour computes blocks that this sequence also begins with: then a step of patience saves

@@ -18,8 +18,9 @@ use crate::sequence::Sequence;
 
 impl Core {
     /// What a blended sequence would come in with: full hits in `scratch_hits`, reused rows in its `reused`, spans whose
-    /// segments are not there in `scratch_spans`. Returns the partial hit and the recipe that both go by.
-    fn survey(&mut self, slot: u32) -> (Option<PartialHit>, Option<u32>) {
+    /// segments are not there in `scratch_spans`. Returns the partial hit (none unless it `may_copy`) and the recipe that
+    /// both go by.
+    fn survey(&mut self, slot: u32, may_copy: bool) -> (Option<PartialHit>, Option<u32>) {
         let block_size = self.config.block_size;
         let seq = &mut self.seqs[slot as usize];
         let tenant = seq.tenant();
@@ -44,6 +45,7 @@ impl Core {
             let lookup = Lookup { own: seq.label, recipe };
             let partial =
                 if state.use_cache { self.cache.match_prefix(lookup, tokens, max_blocks, &mut trial) } else { None };
+            let partial = partial.filter(|_| may_copy);
             let reach = trial.len() as u32 * block_size + partial.map_or(0, |hit| hit.len);
             if best.is_none_or(|(best, _, _)| reach > best) {
                 best = Some((reach, partial, option));
@@ -78,9 +80,9 @@ impl Core {
     }
 
     /// A survey in which nothing is missing. None: the sequence has gone outside the queue to wait for segments.
-    pub(super) fn prepare(&mut self, slot: u32) -> Option<(Option<PartialHit>, Option<u32>)> {
+    pub(super) fn prepare(&mut self, slot: u32, may_copy: bool) -> Option<(Option<PartialHit>, Option<u32>)> {
         loop {
-            let found = self.survey(slot);
+            let found = self.survey(slot, may_copy);
             if self.scratch_spans.is_empty() {
                 return Some(found);
             }
