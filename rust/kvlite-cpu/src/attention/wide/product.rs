@@ -134,7 +134,10 @@ macro_rules! tile {
             stride: usize,
         ) {
             let len = left[0].len();
-            let left = left.map(|left| &left[..len]);
+            let mut lines = left;
+            for g in 0..G {
+                lines[g] = &left[g][..len]; // a closure here is not inlined, and every look below checked
+            }
             let sums = &mut sums[panel * 2..];
             let mut acc = [[[_mm512_setzero_ps(); 2]; P]; G];
             for g in 0..G {
@@ -154,7 +157,7 @@ macro_rules! tile {
                     }
                 }
                 for g in 0..G {
-                    let spread = _mm512_set1_epi32(left[g][k] as i32);
+                    let spread = _mm512_set1_epi32(lines[g][k] as i32);
                     for p in 0..P {
                         for half in 0..2 {
                             acc[g][p][half] = $madd(acc[g][p][half], spread, rows[p][half]);
