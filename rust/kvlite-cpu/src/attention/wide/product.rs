@@ -43,8 +43,6 @@ pub(super) struct Lying<'a, E> {
     pub(super) cache: &'a [E],
     pub(super) dim: usize,
     pub(super) offsets: &'a [usize],
-    /// Of the two in a word, those that are not seen count as 0: they may be NaN.
-    pub(super) seen: [bool; 2],
     /// Values to fetch meanwhile, one for each of `offsets` or fewer.
     pub(super) ahead: &'a [usize],
 }
@@ -63,10 +61,9 @@ impl<E: Element> Right for Lying<'_, E> {
         unsafe {
             if NATIVE {
                 let [a, b] = self.offsets.as_chunks().0[k];
-                let [a_dim, b_dim] = self.seen.map(|seen| if seen { self.dim } else { 0 });
                 interleaved([
-                    load::<E, NATIVE>(self.cache, a, a_dim, panel),
-                    load::<E, NATIVE>(self.cache, b, b_dim, panel),
+                    load::<E, NATIVE>(self.cache, a, self.dim, panel),
+                    load::<E, NATIVE>(self.cache, b, self.dim, panel),
                 ])
             } else {
                 let offset = self.offsets[k];
