@@ -8,9 +8,11 @@
 //!   row m     (m0, l0, o0)    + (m1, l1, o1)    + (m2, l2, o2)   -> o / l, lse = m + ln l
 //! ```
 //!
-//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head); a line is one head of
-//! one row. Rows of a group walk the splits that they share as one tile, before each goes on alone (`groups`). With AVX-512 (`wide` says when), a tile is two matrix products per split. Elsewhere few lines read keys as they
-//! lie (`heads`), and tiles of many turn each split's keys once and score them for several lines together (`columns`).
+//! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head), or one split of a row
+//! that would keep others waiting (`plan`), whose results are merged at the end (`parts`). Rows of a prefix group walk the
+//! splits that they share as one tile first (`groups`). A line is one head of one row. With AVX-512 (`wide` says when), a
+//! tile is two matrix products per split. Elsewhere few lines read keys as they lie (`heads`), and tiles of many turn each
+//! split's keys once and score them for several lines together (`columns`).
 
 mod columns;
 mod groups;
@@ -155,12 +157,14 @@ thread_local! {
 /// Appends where the vectors of the keys `range` start.
 #[inline(always)]
 fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize, offsets: &mut Vec<usize>) {
+    let step = layout.offset(0, 1, 0);
     let mut key = range.start;
     while key < range.end {
         let (block, slot) = (key / layout.block_size, key % layout.block_size);
         let run = (layout.block_size - slot).min(range.end - key);
         let block = table[block] as usize; // checked by `BlockTable::check_keys`
-        offsets.extend((slot..slot + run).map(|slot| layout.offset(block, slot, kv_head)));
+        let first = layout.offset(block, slot, kv_head);
+        offsets.extend((0..run).map(|i| first + i * step));
         key += run;
     }
 }

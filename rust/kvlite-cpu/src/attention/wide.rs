@@ -302,9 +302,10 @@ struct Values<'a, E> {
 }
 
 impl<E: Element> Values<'_, E> {
-    /// `sums` [G, dim] += weights x values of `keys`; where they begin or end within a word, half of it counts.
+    /// `sums` [G, dim] += weights x values of `keys`; those at `ahead` are fetched meanwhile.
     ///
-    /// Those at `ahead` are fetched meanwhile.
+    /// Where `keys` begin or end within a word, the other half's weight is 0, and the seen value stands for the other too,
+    /// which may be NaN.
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
     fn add<const G: usize, const P: usize, const NATIVE: bool>(
         self,
@@ -314,21 +315,21 @@ impl<E: Element> Values<'_, E> {
         sums: &mut [Lane],
     ) {
         let stride = sums.len() / G;
-        let mut add = |words: Range<usize>, offsets: &[usize], seen: [bool; 2], ahead: &[usize]| {
+        let mut add = |words: Range<usize>, offsets: &[usize], ahead: &[usize]| {
             let weights = weights.map(|weights| &weights[words.clone()]);
-            let values = Lying { cache: self.cache, dim: self.dim, offsets, seen, ahead };
+            let values = Lying { cache: self.cache, dim: self.dim, offsets, ahead };
             add_product::<G, P, NATIVE>(weights, values, 0..stride / 2, (&mut *sums, stride));
         };
         let whole = keys.start.div_ceil(word(NATIVE))..keys.end / word(NATIVE);
         if keys.start < whole.start * word(NATIVE) && !keys.is_empty() {
-            add(whole.start - 1..whole.start, &[self.offsets[keys.start]; 2], [false, true], &[]);
+            add(whole.start - 1..whole.start, &[self.offsets[keys.start]; 2], &[]);
         }
         if !whole.is_empty() {
             let keys = whole.start * word(NATIVE)..whole.end * word(NATIVE);
-            add(whole.clone(), &self.offsets[keys.clone()], [true; 2], ahead.get(keys.start..).unwrap_or(&[]));
+            add(whole.clone(), &self.offsets[keys.clone()], ahead.get(keys.start..).unwrap_or(&[]));
         }
         if whole.end * word(NATIVE) < keys.end && !keys.is_empty() {
-            add(whole.end..whole.end + 1, &[self.offsets[keys.end - 1]; 2], [true, false], &[]);
+            add(whole.end..whole.end + 1, &[self.offsets[keys.end - 1]; 2], &[]);
         }
     }
 }

@@ -43,8 +43,6 @@ pub(super) struct Lying<'a, E> {
     pub(super) cache: &'a [E],
     pub(super) dim: usize,
     pub(super) offsets: &'a [usize],
-    /// Of the two in a word, those that are not seen count as 0: they may be NaN.
-    pub(super) seen: [bool; 2],
     /// Values to fetch meanwhile, one for each of `offsets` or fewer.
     pub(super) ahead: &'a [usize],
 }
@@ -63,10 +61,9 @@ impl<E: Element> Right for Lying<'_, E> {
         unsafe {
             if NATIVE {
                 let [a, b] = self.offsets.as_chunks().0[k];
-                let [a_dim, b_dim] = self.seen.map(|seen| if seen { self.dim } else { 0 });
                 interleaved([
-                    load::<E, NATIVE>(self.cache, a, a_dim, panel),
-                    load::<E, NATIVE>(self.cache, b, b_dim, panel),
+                    load::<E, NATIVE>(self.cache, a, self.dim, panel),
+                    load::<E, NATIVE>(self.cache, b, self.dim, panel),
                 ])
             } else {
                 let offset = self.offsets[k];
@@ -134,7 +131,10 @@ macro_rules! tile {
             stride: usize,
         ) {
             let len = left[0].len();
-            let left = left.map(|left| &left[..len]);
+            let mut lines = left;
+            for g in 0..G {
+                lines[g] = &left[g][..len]; // a closure here is not inlined, and every look below checked
+            }
             let sums = &mut sums[panel * 2..];
             let mut acc = [[[_mm512_setzero_ps(); 2]; P]; G];
             for g in 0..G {
@@ -154,7 +154,7 @@ macro_rules! tile {
                     }
                 }
                 for g in 0..G {
-                    let spread = _mm512_set1_epi32(left[g][k] as i32);
+                    let spread = _mm512_set1_epi32(lines[g][k] as i32);
                     for p in 0..P {
                         for half in 0..2 {
                             acc[g][p][half] = $madd(acc[g][p][half], spread, rows[p][half]);
