@@ -51,8 +51,8 @@ impl<E: Element> Results<'_, '_, E> {
             return;
         }
         let unseen = total == 0.0; // a visible key adds at least its own exp(0) or NaN
-        // SAFETY: tasks are distinct (tile, KV head) pairs, and tiles without a part have distinct rows; `Parts::merge` alone
-        // writes the rows of the others, after all tasks. So nobody else has this head.
+        // SAFETY: tasks are distinct (tile, KV head) pairs, and tiles without a part have distinct rows; `Parts::merge`
+        // alone writes the rows of the others, after all tasks. So nobody else has this head.
         #[allow(unsafe_code)]
         unsafe {
             self.out.write_head(row, head, |d| E::from_f32(if unseen { 0.0 } else { acc[d] / total }));

@@ -1,7 +1,8 @@
 //! Tiles with AVX-512: a split is two small matrix products, for one decode row and for a tile of a prefill alike.
 //!
 //! ```text
-//!   scores [lines, keys] = q [lines, dim] x keys [dim, keys]     output [lines, dim] += weights [lines, keys] x values [keys, dim]
+//!   scores [lines, keys] = q [lines, dim] x keys [dim, keys]
+//!   output [lines, dim] += weights [lines, keys] x values [keys, dim]
 //! ```
 //!
 //! Keys are turned as they are read, so no sum crosses lanes; values are read in place. With AVX-512 BF16, scores of bf16
@@ -88,7 +89,8 @@ pub(super) fn compute_tile<E: Element>(
     });
 }
 
-/// `$self.$name::<G, P, NATIVE>(...)` for G = `$lines`: few lines meet two panels at once, or too few sums would be under way.
+/// `$self.$name::<G, P, NATIVE>(...)` for G = `$lines`: few lines meet two panels at once, or too few sums would be under
+/// way.
 macro_rules! by_lines {
     ($lines:expr, $self:ident . $name:ident $arguments:tt) => {
         match $lines {
