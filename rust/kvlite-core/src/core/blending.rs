@@ -34,7 +34,9 @@ impl Core {
             None => {
                 let is_hole = |at: u32| blend.origins[blend.rule.span_of(at)] == Origin::Hole;
                 let mut found = self.recipes.candidates(tenant, &blend.rule, &seq.tokens);
-                found.retain(|&number| !self.recipes.get(number).reused.iter().any(|range| is_hole(range.0)));
+                // The prompt's last row is always computed: under a recipe that reuses it, that would be other KV.
+                let is_foreign = |range: &(u32, u32)| is_hole(range.0) || range.1 >= seq.prompt_len;
+                found.retain(|&number| !self.recipes.get(number).reused.iter().any(is_foreign));
                 [None].into_iter().chain(found.into_iter().map(Some)).collect()
             }
         };

@@ -71,6 +71,19 @@ fn another_rule_tenant_or_text_finds_no_blended_block() {
     }
 }
 
+#[test] // found by `simulate`: its last row was computed as new, under the label of the recipe that places it
+fn a_prompt_that_ends_in_its_document_does_not_go_by_the_recipe_of_a_longer_one() {
+    let mut driver = Driver::new(config());
+    driver.add(&prompt(), Some(blend(&SPANS, &[], 0.0)));
+    driver.drain();
+    driver.add(&prompt()[..12], Some(blend(&SPANS, &[], 0.0)));
+    let plan = driver.turn();
+    assert_eq!(plan.admitted[0][4], 4, "what lies before the document is exact");
+    assert_eq!((&plan.places[..], &plan.rows[&0][..]), (&[[0, 4, 7, 0]][..], &[11][..]));
+    driver.drain();
+    assert_eq!(driver.core.stats().num_recipes, 2, "one places the document's last row, the other does not");
+}
+
 #[test]
 fn recipes_whose_blocks_are_gone_are_forgotten() {
     let mut driver = Driver::new(config());
