@@ -31,6 +31,8 @@ class Keys:
     context_len: torch.Tensor
     seq_row: torch.Tensor
     block_table: torch.Tensor
+    prefix_group: torch.Tensor | None = None
+    group_seqs: torch.Tensor | None = None
 
 
 def test_the_norm_adds_to_the_residual_in_place_before_it_normalises() -> None:
