@@ -130,6 +130,8 @@ pub(crate) struct Sequence {
     pub hit_len: u32,
     /// Of `blocks`, how many the device's table row already shows.
     pub table_len: u32,
+    /// The last plan that showed blocks of the tree, by core-internal number: the device has them once it has completed.
+    pub shown_by: u64,
     /// The parent's partly filled prompt block, shared until it is copied (or adopted by its last owner).
     pub tail_source: Option<BlockId>,
     /// Known tokens at admission; below this it is in prefill.
@@ -173,6 +175,7 @@ impl Sequence {
             tree_len: 0,
             hit_len: 0,
             table_len: 0,
+            shown_by: 0,
             tail_source: None,
             prefill_until: 0,
             logprobs_len: 0,
@@ -285,6 +288,7 @@ impl Sequence {
         self.tree_len = 0;
         self.hit_len = 0;
         self.table_len = 0;
+        self.shown_by = 0;
         self.prefill_until = 0;
         self.held_steps = 0;
         if let Some(blend) = &mut self.blend {

@@ -297,6 +297,22 @@ fn generated_tokens_are_found_by_the_next_turn_of_a_conversation() {
     assert_eq!(run(&mut engine, Asked::new(&next, 1)), 24, "all full blocks of the 24 tokens whose KV was written");
 }
 
+#[test] // found by `simulate`: when that plan failed, the group of the next one read through what was there before
+fn nobody_else_reads_by_a_table_that_a_plan_in_flight_has_yet_to_set() {
+    let mut engine = Engine::new(CoreConfig { attention_split_tokens: 4, ..small_config() });
+    run(&mut engine, Asked::new(&prompt(1, 9), 1));
+    run(&mut engine, Asked::new(&prompt(2, 9), 1)); // Leaves the row's table with other blocks.
+    let failed = engine.add(Asked::new(&prompt(1, 9), 4)).unwrap();
+    engine.step();
+    let other = engine.add(Asked::new(&prompt(1, 9), 4)).unwrap();
+    engine.step();
+    engine.complete(Outcome::Failed { garbage: false });
+    engine.complete(Outcome::Ok);
+    engine.drain(50);
+    let reasons = [failed, other].map(|handle| engine.told[&handle].finished[0]);
+    assert_eq!(reasons, [Some(FinishReason::Error), Some(FinishReason::Length)]);
+}
+
 #[test] // found by `simulate`: the rows that the copy would have brought were computed as new, under the recipe's label
 fn reused_rows_whose_copy_finds_no_room_are_placed_or_the_recipe_is_given_up() {
     // One row of the document lies in the block to copy from. Pinned, its segment costs no further room.

@@ -1,7 +1,9 @@
 //! Which sequences of the plan read a shared prefix together: finds groups when the members change, names them in the plan.
 //!
 //! Members are sequences with few rows whose KV is exact; every row of them sees all blocks that its sequence has in the
-//! tree, so any shared part of those may be read once. Called by `schedule`, after the last row is written.
+//! tree, so any shared part of those may be read once, by the table of one of them. If an earlier plan in flight shows the
+//! device those blocks and fails, that table is not there: such a sequence is no member yet. Called by `schedule`, after
+//! the last row is written.
 
 use super::Core;
 use crate::config::CoreConfig;
@@ -54,7 +56,9 @@ impl Core {
     pub(super) fn may_group(&mut self, slot: u32, rows: u32, index: u32) {
         let seq = &self.seqs[slot as usize];
         let shares = seq.tree_len >= self.grouping.unit && seq.blend.is_none() && seq.makes.is_none();
-        if rows <= MAX_ROWS && shares && self.grouping.cost.is_some() {
+        let in_flight = self.records[0].number.max(self.records[1].number);
+        let is_shown = seq.outstanding == 1 || seq.shown_by < in_flight; // By this plan alone, or before that one.
+        if rows <= MAX_ROWS && shares && is_shown && self.grouping.cost.is_some() {
             self.grouping.members.push((slot, index));
         }
     }

@@ -113,6 +113,9 @@ impl Core {
         for index in seq.table_len..seq.table_len + sent {
             plan.block_update(seq.row, index, seq.blocks[index as usize].index);
         }
+        if sent > 0 && seq.table_len < seq.tree_len {
+            seq.shown_by = record.number;
+        }
         seq.table_len += sent;
         let is_whole = sent == backlog;
         if !is_whole && (sent > 0 || copied) {
