@@ -3,11 +3,11 @@
 Physics. A decode step reads every weight once, whatever the batch, and the keys and values of every sequence. At batch
 1 its floor is those bytes over the read rate. With more rows the products cost more than the read; the floor is then
 the best 8-row (32-row, ...) loop over the same weights, plus the KV bytes over the read rate. Both limits are measured
-here, in turns with the steps (see limits.py), and a share above 1 stops the run.
+anew before and after the steps of each round (see limits.py), the better ones count, and a share above 1 stops the run.
 
 `share_bB` is floor over step at batch B; `x_transformers_bB` compares tokens per second with transformers' generate on
-a static cache, decode steps alone, in turns; `context_cost_N` is what context N adds to a step over what its KV bytes
-cost at the read rate; `outside_bB` is the share of a step outside ops and products, from a second engine with timers.
+a static cache, decode steps alone, in turns; `context_cost_N` is what context N adds to a step (of the first context of
+its batch, in turns) over what its KV bytes cost at the read rate; `outside_bB` is the share of a step outside ops and products, from a second engine with timers.
 Correctness first: greedy tokens are transformers'.
 """
 
@@ -28,7 +28,7 @@ from .limits import Limits, kv_bytes_per_token, share
 from .options import add_model_options, integers, model_directory, pairs, torch_dtype
 from .report import finish, origin
 
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,29 @@ def measure(
     config, _family = load_config(engine.startup.model)
     kv_bytes = kv_bytes_per_token(config, limits.dtype)
     figures: dict[str, Any] = {}
-    step_of: dict[Point, float] = {}
-    for point in points:
+
+    def step_s(point: Point) -> float:
         batch = prompts(config, point.batch, point.context, seed=point.batch)
+        return statistics.median(decode_steps(engine, batch, num_steps, KernelClock()))
+
+    for point in points:
+        first = next(other for other in points if other.batch == point.batch)
+        more = point.batch * (point.context - first.context) * kv_bytes
         times: list[float] = []
+        shares: list[float] = []
+        costs: list[float] = []
         peer_times: list[float] = []
-        floor = 0.0
         for _ in range(ROUNDS):
-            now = floor_s(limits, point, kv_bytes, num_steps)
-            floor = min(floor or now, now)
-            times.append(statistics.median(decode_steps(engine, batch, num_steps, KernelClock())))
-            if point.batch in peers and point in first_of_each_batch(points):
-                peer_times.append(peer.step_s(peers[point.batch], batch))
-        step_of[point] = step = statistics.median(times)
+            limits.forget()
+            floor_s(limits, point, kv_bytes, num_steps)
+            times.append(step_s(point))
+            shares.append(floor_s(limits, point, kv_bytes, num_steps) / times[-1])
+            if more > 0:
+                costs.append((times[-1] - step_s(first)) / (more / limits.read_rate()))
+            if point.batch in peers and point is first:
+                peer_times.append(peer.step_s(peers[point.batch], prompts(config, point.batch, point.context, seed=1)))
+        step = statistics.median(times)
+        floor = statistics.median(shares) * step
         found = share(f"a step at batch {point.batch}, context {point.context},", floor, step)
         figures |= {
             f"step_ms_{point.name}": round(step * 1e3, 3),
@@ -79,22 +89,14 @@ def measure(
         figures.setdefault(f"share_b{point.batch}", round(found, 3))
         line = f"batch {point.batch:3}, context {point.context:5}: step {step * 1e3:8.2f} ms, {found:.2f} of its limit"
         if peer_times:
-            ratio = statistics.median(peer_times) / step
+            ratio = statistics.median(theirs / ours for theirs, ours in zip(peer_times, times, strict=True))
             figures[f"x_transformers_b{point.batch}"] = round(ratio, 2)
             line += f", {ratio:.2f} x transformers"
+        if costs:
+            figures[f"context_cost_{point.context}"] = round(statistics.median(costs), 3)
+            line += f", {statistics.median(costs):.2f} of what more KV costs to read"
         print(line, flush=True)
-    return figures | context_costs(step_of, limits.read_rate(), kv_bytes)
-
-
-def context_costs(step_of: dict[Point, float], read_rate: float, kv_bytes: int) -> dict[str, float]:
-    """What more context adds to a step, over what its bytes cost; 1 is the floor."""
-    costs: dict[str, float] = {}
-    for long, step in step_of.items():
-        short = next(point for point in step_of if point.batch == long.batch)
-        more = long.batch * (long.context - short.context) * kv_bytes
-        if more > 0:
-            costs[f"context_cost_{long.context}"] = round((step - step_of[short]) / (more / read_rate), 3)
-    return costs
+    return figures
 
 
 def first_of_each_batch(points: list[Point]) -> list[Point]:

@@ -102,7 +102,7 @@ def best_s(run: Callable[[], object], budget_s: float, repeats: int = 3) -> floa
 
 
 class Limits:
-    """Limits of one model shape, element type and thread count; measuring again can only raise them."""
+    """Limits of one model shape, element type and thread count; until `forget`, measuring again can only raise them."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, threads: int, budget_s: float = 0.15) -> None:
         self.dtype = dtype
@@ -114,6 +114,10 @@ class Limits:
         self._rates: dict[str, float] = {}
         self._copies: dict[Product, Copies] = {}
         self._readers: dict[int, dict[str, Callable[[], object]]] = {}
+
+    def forget(self) -> None:
+        """Starts over: neighbours move the memory's rate by a third within minutes, so a round has limits of its own."""
+        self._rates.clear()
 
     @property
     def weight_bytes(self) -> int:
@@ -152,7 +156,7 @@ class Limits:
         """Calls per second of one product with `num_rows` rows, the best so far."""
         use_threads(self.threads)
         if product not in self._copies:
-            self._copies[product] = Copies.of(product, self.dtype)
+            self._copies[product] = Copies.of(product, self.dtype, self.weight_bytes)
         copies = self._copies[product].used(num_rows)
         loops = product_loops(product.name, copies, num_rows)
         count = len(copies.stored)
@@ -212,9 +216,9 @@ class Copies:
     transposed: list[torch.Tensor]
 
     @classmethod
-    def of(cls, product: Product, dtype: torch.dtype) -> Copies:
-        """As many as the model has, unless fewer fill SPREAD_BYTES."""
-        count = min(product.count, -(-SPREAD_BYTES // (product.num_weights * dtype.itemsize)))
+    def of(cls, product: Product, dtype: torch.dtype, model_bytes: int) -> Copies:
+        """As many as lie between two uses in the model, or fill SPREAD_BYTES: then no cache holds them either."""
+        count = -(-min(SPREAD_BYTES, model_bytes) // (product.num_weights * dtype.itemsize))
         noise = torch.Generator().manual_seed(0)
         first = torch.randn(product.outputs, product.inputs, generator=noise).to(dtype)
         stored = [first, *(first.clone() for _ in range(count - 1))]

@@ -89,7 +89,7 @@ def test_every_read_loop_reads_every_byte(threads: int) -> None:
 def test_product_loops_agree_with_float64_and_a_wrong_one_is_refused(
     dtype: torch.dtype, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = Copies.of(Product("down", 24, 40, 2), dtype).used(num_rows)
+    copies = Copies.of(Product("down", 24, 40, 9), dtype, 2 * 24 * 40 * dtype.itemsize).used(num_rows)
     assert len(copies.stored) == len(copies.transposed) == (2 if num_rows == 3 else 1)
     few = {"kvlite, row by row"} if num_rows == 3 else set()
     assert set(product_loops("down", copies, num_rows)) == {"torch", "torch transposed", "kvlite"} | few

@@ -1,6 +1,7 @@
 //! Products of bf16 with AVX-512 BF16, which multiplies pairs of bf16 and adds them to f32 lanes.
 //!
-//! Two weight rows meet up to 12 rows of x in registers. Weights are fetched a page ahead; x is walked in parts that the
+//! Two weight rows meet up to 12 rows of x in registers; one row of x meets one after the other, because memory is fastest
+//! when a thread reads it straight on (1.05x to 1.1x). Weights are fetched a page ahead; x is walked in parts that the
 //! first-level cache holds, each for a block of weight rows, whose sums wait meanwhile. Called by `linear`.
 
 use std::arch::x86_64::*;
@@ -46,6 +47,12 @@ pub(super) fn piece<A: Element, W: Element>(
     piece: &Range<usize>,
     sums: &mut [f32],
 ) {
+    if x.values.len() == x.chunks * DOT * LANES {
+        for (sums, start) in sums.chunks_mut(SUMS).zip(piece.clone().step_by(SUMS)) {
+            one_row(args, x.values.as_chunks().0, start..start + sums.len(), sums);
+        }
+        return;
+    }
     let streams = piece.start..piece.start + piece.len().div_ceil(2);
     let parts = (x.group * x.chunks).div_ceil(PART_LINES);
     let part = x.chunks.div_ceil(parts);
@@ -67,6 +74,25 @@ pub(super) fn piece<A: Element, W: Element>(
             }
         }
     }
+}
+
+/// Up to SUMS weight rows times one row of x; `target` [weight rows].
+#[target_feature(enable = "avx512bf16,avx512f,avx512vl,avx2,fma")]
+#[inline(never)]
+fn one_row<A: Element, W: Element>(args: &Linear<'_, A, W>, x: &[Pairs], rows: Range<usize>, target: &mut [f32]) {
+    let mut acc = [_mm512_setzero_ps(); SUMS];
+    for (n, acc) in rows.zip(&mut acc) {
+        let (weights, tail) = W::as_bf16(args.weight.row(n)).expect("the weights are bf16").as_chunks();
+        for (x, w) in x.iter().zip(weights) {
+            // Past the outer caches: a step of one row is short, and what runs between two steps finds its own there still.
+            fetch::<_MM_HINT_NTA>(w, AHEAD);
+            *acc = _mm512_dpbf16_ps(*acc, load(w), load(x));
+        }
+        if let Some(x) = x.get(weights.len()) {
+            *acc = _mm512_dpbf16_ps(*acc, load(&padded(tail)), load(x));
+        }
+    }
+    target.copy_from_slice(&sums_of(acc)[..target.len()]);
 }
 
 /// Two weight rows times a group of `R` rows of x; `target` [R, outputs], of which `pair` are written.
@@ -98,8 +124,8 @@ fn tile<const R: usize>(
     };
     let whole = chunks.start..chunks.end.min(w0.len());
     for ((x, w0), w1) in x[whole.clone()].iter().zip(&w0[whole.clone()]).zip(&w1[whole]) {
-        fetch(w0, ahead);
-        fetch(w1, ahead);
+        fetch::<_MM_HINT_T0>(w0, ahead);
+        fetch::<_MM_HINT_T0>(w1, ahead);
         add(x, [load(w0), load(w1)]);
     }
     if chunks.end < x.len() {
@@ -149,12 +175,12 @@ fn sums_of(acc: [__m512; SUMS]) -> [f32; SUMS] {
 
 /// Asks for what the stream of `weights` reads `ahead` bytes later; it may lie past the end.
 #[inline(always)]
-fn fetch(weights: &Pairs, ahead: usize) {
+fn fetch<const HINT: i32>(weights: &Pairs, ahead: usize) {
     let address = weights.as_ptr().wrapping_byte_add(ahead);
     // SAFETY: a prefetch touches no memory that the program can see, at any address.
     #[allow(unsafe_code)]
     unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        _mm_prefetch::<HINT>(address.cast());
     }
 }
 

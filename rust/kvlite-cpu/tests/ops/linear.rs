@@ -152,6 +152,8 @@ fn no_rows_no_outputs_and_no_inputs_are_no_fault() {
         Problem::<f32, bf16>::new(2, 8, 0, false).check(&exec, 0.0);
         Problem::<bf16, bf16>::new(2, 8, 0, true).check(&exec, 0.0);
         Problem::<f32, bf16>::new(2, 0, 4, true).check(&exec, 0.0);
+        Problem::<bf16, bf16>::new(1, 0, 4, true).check(&exec, 0.0);
+        Problem::<bf16, bf16>::new(2, 0, 4, true).check(&exec, 0.0);
     }
 }
 
