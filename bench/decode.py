@@ -3,7 +3,8 @@
 Physics. A decode step reads every weight once, whatever the batch, and the keys and values of every sequence. At batch
 1 its floor is those bytes over the read rate. With more rows the products cost more than the read; the floor is then
 the best 8-row (32-row, ...) loop over the same weights, plus the KV bytes over the read rate. Both limits are measured
-anew before and after the steps of each round (see limits.py), the better ones count, and a share above 1 stops the run.
+anew before and after the steps of each round (see limits.py); limits and steps of a round count with their best
+repetition, because neighbours move this machine's memory by a third within minutes. A share above 1 stops the run.
 
 `share_bB` is floor over step at batch B; `x_transformers_bB` compares tokens per second with transformers' generate on
 a static cache, decode steps alone, in turns; `context_cost_N` is what context N adds to a step (of the first context of
@@ -57,9 +58,9 @@ def measure(
     kv_bytes = kv_bytes_per_token(config, limits.dtype)
     figures: dict[str, Any] = {}
 
-    def step_s(point: Point) -> float:
+    def steps_s(point: Point) -> list[float]:
         batch = prompts(config, point.batch, point.context, seed=point.batch)
-        return statistics.median(decode_steps(engine, batch, num_steps, KernelClock()))
+        return decode_steps(engine, batch, num_steps, KernelClock())
 
     for point in points:
         first = next(other for other in points if other.batch == point.batch)
@@ -71,19 +72,19 @@ def measure(
         for _ in range(ROUNDS):
             limits.forget()
             floor_s(limits, point, kv_bytes, num_steps)
-            times.append(step_s(point))
-            shares.append(floor_s(limits, point, kv_bytes, num_steps) / times[-1])
+            steps = steps_s(point)
+            times.append(statistics.median(steps))
+            shares.append(floor_s(limits, point, kv_bytes, num_steps) / min(steps))
             if more > 0:
-                costs.append((times[-1] - step_s(first)) / (more / limits.read_rate()))
+                costs.append((min(steps) - min(steps_s(first))) / (more / limits.read_rate()))
             if point.batch in peers and point is first:
                 peer_times.append(peer.step_s(peers[point.batch], prompts(config, point.batch, point.context, seed=1)))
-        step = statistics.median(times)
-        floor = statistics.median(shares) * step
-        found = share(f"a step at batch {point.batch}, context {point.context},", floor, step)
+        step, found = statistics.median(times), statistics.median(shares)
+        share(f"a step at batch {point.batch}, context {point.context},", found * step, step)
         figures |= {
             f"step_ms_{point.name}": round(step * 1e3, 3),
             f"step_ms_{point.name}_spread": round((max(times) - min(times)) * 1e3, 3),
-            f"floor_ms_{point.name}": round(floor * 1e3, 3),
+            f"share_{point.name}": round(found, 3),
             f"tokens_per_s_{point.name}": round(point.batch / step, 1),
         }
         figures.setdefault(f"share_b{point.batch}", round(found, 3))

@@ -84,6 +84,8 @@ __all__ = [
 # OpenMP's threads spin while they wait; beside other busy processes a decode step then takes 50 times as long. Read by
 # the runtime when torch is loaded, so it must be set here; whoever has set it knows better.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Some tens of microseconds of it are worth having in GNU's runtime: the products of a layer follow each other.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _LAZY = {"Engine": "kvlite.engine", "AsyncEngine": "kvlite.async_engine"}
 

@@ -26,6 +26,9 @@ pub(crate) const SMALL_WORK: usize = 1 << 16;
 const WAKING_WORK: usize = 1 << 19;
 /// How long a worker spins for the next job: the serial part between two products of a layer takes less.
 const SPIN: Duration = Duration::from_micros(200);
+/// How long it goes on looking, and lets others have the processor, before it sleeps: what lies between two decode steps
+/// takes less. Waking took up to two of the fifteen milliseconds of such a step, on a virtual machine.
+const LINGER: Duration = Duration::from_millis(5);
 /// Looks at `state` between two looks at the clock.
 const SPINS: usize = 64;
 const GENERATION: u64 = 1 << 8;
@@ -153,7 +156,7 @@ impl Drop for Open<'_> {
         self.0.state.fetch_add(GENERATION, Ordering::SeqCst);
         let mut patience = Patience::default();
         while !self.0.state.load(Ordering::Acquire).is_multiple_of(GENERATION) {
-            if patience.is_over() {
+            if patience.left().is_none_or(|left| left < LINGER) {
                 std::thread::yield_now();
             }
         }
@@ -205,9 +208,13 @@ impl Shared {
             if self.stopped.load(Ordering::Relaxed) {
                 return None;
             }
-            if patience.is_over() {
-                self.sleep(last);
-                patience = Patience::default();
+            match patience.left() {
+                Some(left) if left < LINGER => std::thread::yield_now(),
+                Some(_) => {}
+                None => {
+                    self.sleep(last);
+                    patience = Patience::default();
+                }
             }
         }
     }
@@ -238,22 +245,27 @@ impl Shared {
     }
 }
 
-/// Spins for `SPIN`.
+/// Counts down from `SPIN` and `LINGER`.
 #[derive(Default)]
 struct Patience {
     spins: usize,
     until: Option<Instant>,
+    left: Option<Duration>,
 }
 
 impl Patience {
-    fn is_over(&mut self) -> bool {
+    /// What is left, looked up now and then; none: it is over.
+    fn left(&mut self) -> Option<Duration> {
         std::hint::spin_loop();
         self.spins += 1;
-        if !self.spins.is_multiple_of(SPINS) {
-            return false;
+        let left = *self.left.get_or_insert(SPIN + LINGER);
+        if left >= LINGER && !self.spins.is_multiple_of(SPINS) {
+            return Some(left);
         }
         let now = Instant::now();
-        now >= *self.until.get_or_insert(now + SPIN)
+        let until = *self.until.get_or_insert(now + SPIN + LINGER);
+        self.left = Some(until.saturating_duration_since(now));
+        self.left.filter(|left| !left.is_zero())
     }
 }
 

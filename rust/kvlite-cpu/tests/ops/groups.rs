@@ -11,9 +11,9 @@ fn shared<E: Element>(heads: usize, kv_heads: usize, dim: usize, block_size: usi
     let shape = Shape { heads, kv_heads, dim, block_size, window: 0, sequences: SEQUENCES.to_vec() };
     let mut problem = Problem::<E>::new(&shape, 3);
     let (width, leader) = (problem.table_blocks, problem.seq_row[0] as usize);
-    for sequence in 1..SEQUENCES.len() {
+    for (sequence, &(context, _)) in SEQUENCES.iter().enumerate().skip(1) {
         let row = problem.seq_row[sequence] as usize;
-        let whole = SEQUENCES[0].0.min(SEQUENCES[sequence].0) / block_size;
+        let whole = SEQUENCES[0].0.min(context) / block_size;
         problem.table.copy_within(leader * width..leader * width + whole, row * width);
     }
     problem
