@@ -7,9 +7,9 @@ anew before and after the steps of each round (see limits.py); limits and steps 
 repetition, because neighbours move this machine's memory by a third within minutes. A share above 1 stops the run.
 
 `share_bB` is floor over step at batch B; `x_transformers_bB` compares tokens per second with transformers' generate on
-a static cache, decode steps alone, in turns; `context_cost_N` is what context N adds to a step (of the first context of
-its batch, in turns) over what its KV bytes cost at the read rate; `outside_bB` is the share of a step outside ops and products, from a second engine with timers.
-Correctness first: greedy tokens are transformers'.
+a static cache, decode steps alone, in turns; `context_cost_N` is what context N adds to a step (of the first context
+of its batch, in turns) over what its KV bytes cost at the read rate; `outside_bB` is the share of a step outside ops
+and products, from a second engine with timers. Correctness first: greedy tokens are transformers'.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def measure(
             times.append(statistics.median(steps))
             shares.append(floor_s(limits, point, kv_bytes, num_steps) / min(steps))
             if more > 0:
-                costs.append((min(steps) - min(steps_s(first))) / (more / limits.read_rate()))
+                costs.append(context_cost(min(steps), min(steps_s(first)), more, limits.read_rate()))
             if point.batch in peers and point is first:
                 peer_times.append(peer.step_s(peers[point.batch], prompts(config, point.batch, point.context, seed=1)))
         step, found = statistics.median(times), statistics.median(shares)
@@ -98,6 +98,11 @@ def measure(
             line += f", {statistics.median(costs):.2f} of what more KV costs to read"
         print(line, flush=True)
     return figures
+
+
+def context_cost(long_s: float, short_s: float, more_bytes: int, read_rate: float) -> float:
+    """What more context adds to a step, over what its bytes cost; 1 is the floor."""
+    return (long_s - short_s) / (more_bytes / read_rate)
 
 
 def first_of_each_batch(points: list[Point]) -> list[Point]:

@@ -116,7 +116,7 @@ class Limits:
         self._readers: dict[int, dict[str, Callable[[], object]]] = {}
 
     def forget(self) -> None:
-        """Starts over: neighbours move the memory's rate by a third within minutes, so a round has limits of its own."""
+        """Starts over: neighbours move the memory's rate by a third within minutes; each round has its own limits."""
         self._rates.clear()
 
     @property

@@ -100,9 +100,10 @@ def test_product_loops_agree_with_float64_and_a_wrong_one_is_refused(
         product_loops("down", copies, num_rows)
 
 
-def test_copies_of_a_weight_fill_more_than_a_cache_but_no_more_than_the_model_has() -> None:
-    assert len(Copies.of(Product("down", 512, 1024, 9), torch.float32).stored) == 9
-    assert len(Copies.of(Product("head", 1 << 13, 1 << 12, 9), torch.float32).stored) == 2
+def test_copies_of_a_weight_fill_more_than_a_cache_but_no_more_than_the_whole_model() -> None:
+    size = 512 * 1024 * 4
+    assert len(Copies.of(Product("down", 512, 1024, 2), torch.float32, 9 * size).stored) == 9
+    assert len(Copies.of(Product("head", 1 << 13, 1 << 12, 9), torch.float32, 1 << 40).stored) == 2
 
 
 def test_the_best_of_at_least_three_calls_counts_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +131,7 @@ def test_a_prompts_operations_are_two_per_weight_and_token_and_causal_attention(
 
 
 def test_more_context_is_charged_with_its_own_bytes() -> None:
-    steps = {Point(1, 64): 0.010, Point(8, 64): 0.020, Point(1, 1064): 0.013}
-    assert decode.context_costs(steps, read_rate=1e9, kv_bytes=1000) == {"context_cost_1064": 3.0}
+    assert decode.context_cost(0.013, 0.010, 1_000_000, 1e9) == pytest.approx(3.0)
 
 
 def test_the_first_point_of_a_batch_gives_its_keys() -> None:
