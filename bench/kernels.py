@@ -155,12 +155,14 @@ def line(case: Case, backend: str, elapsed: float, found: float) -> str:
 
 
 @torch.inference_mode()
-def measure(make: Maker, clock: Clock) -> dict[str, Any]:
-    """Check and time of every case on every backend."""
+def measure(make: Maker, clock: Clock, op: str = "") -> dict[str, Any]:
+    """Check and time of every case whose name begins with `op`, on every backend."""
     figures: dict[str, Any] = {}
     every = backends(make.device)
     for name, ops in every.items():
         for case, reference in zip(timed_small(make), timed_small(make), strict=True):
+            if not case.name.startswith(op):
+                continue
             case.run(ops)
             reference.run(every["reference"])
             check(reference, case, name, make.dtype)
@@ -178,6 +180,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--budget-s", type=float, default=0.1, help="seconds per figure")
+    parser.add_argument("--op", default="", help="only cases whose names begin so")
+    parser.add_argument("--grouped", action="store_true", help="attention of a shared prefix, together against apart")
     parser.add_argument("--save", action="store_true", help="also write bench/results/kernels.json")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -188,9 +192,18 @@ def main(arguments: list[str]) -> int:
     use_threads(options.threads)
     start = time.perf_counter()
     make = Maker(device, dtype)
+    if options.grouped:
+        from .grouped import measure as measure_groups
+
+        figures: dict[str, Any] = origin() | {"device": "cpu", "threads": options.threads}
+        figures |= {"dtype": str(dtype).removeprefix("torch.")} | measure_groups(
+            make, options.threads, options.budget_s
+        )
+        finish("kernels-grouped", figures, options.save)
+        return 0
     clock = Clock(make, options.threads, options.budget_s)
     figures = origin() | {"device": torch.cuda.get_device_name() if is_cuda else "cpu", "threads": options.threads}
     figures |= {"dtype": str(dtype).removeprefix("torch."), "gemm_gflops": round(clock.flop_rate / 1e9, 1)}
-    figures |= measure(make, clock)
+    figures |= measure(make, clock, options.op)
     finish("kernels", figures | {"wall_s": round(time.perf_counter() - start, 1)}, options.save)
     return 0
