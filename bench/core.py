@@ -43,6 +43,7 @@ BLOCK_SIZE = 16
 VOCAB_SIZE = 151_936
 NUM_RUNNING = (1, 32, 256, 1024)
 PROMPT_LEN = 64
+SHARED_LEN = 512
 RUST_BENCHES = ("radix", "schedule")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,15 +159,23 @@ def check_inputs(plan: Plan, texts: dict[int, list[int]]) -> None:
             assert plan.token_ids[row] == expected, f"row {row} of plan {plan.plan_id} holds a wrong token"
 
 
-def step_us(num_running: int, num_steps: int) -> dict[str, float]:
-    """Median and 99th percentile of a decode step with `num_running` sequences, microseconds."""
+def step_us(num_running: int, num_steps: int, num_groups: int = 0) -> dict[str, float]:
+    """Median and 99th percentile of a decode step with `num_running` sequences, microseconds.
+
+    With `num_groups` they begin in so many ways, with SHARED_LEN tokens that are cached before.
+    """
     warm_up = 2 * BLOCK_SIZE
     # The first to start decode while the last still prefill: room for those steps too.
-    longest = PROMPT_LEN + BLOCK_SIZE + warm_up + num_steps + num_running // 8
+    shared_len = SHARED_LEN if num_groups else 0
+    longest = shared_len + PROMPT_LEN + BLOCK_SIZE + warm_up + num_steps + num_running // 8
     per_sequence = -(-longest // BLOCK_SIZE) + 1
     loop = Loop(Shape(num_running, max(4096, 4 * num_running), longest + 8, num_running * per_sequence))
+    for idx in range(num_groups):
+        loop.add(prompt_of(num_running + idx, shared_len), max_tokens=1)
+        loop.drain()
     for idx in range(num_running):
-        prompt = prompt_of(idx, PROMPT_LEN + idx % BLOCK_SIZE)
+        shared = prompt_of(num_running + idx % num_groups, shared_len) if num_groups else []
+        prompt = [*shared, *prompt_of(idx, PROMPT_LEN + idx % BLOCK_SIZE)]
         loop.add(prompt, max_tokens=longest - len(prompt))
     while True:
         plan = loop.step()[1]
@@ -178,6 +187,7 @@ def step_us(num_running: int, num_steps: int) -> dict[str, float]:
     for _ in range(num_steps):
         elapsed, plan = loop.step()
         assert plan.num_tokens == num_running, "every sequence decodes in every step"
+        assert len(plan.prefix_group) == num_groups, "who shares a prefix reads it together"
         times.append(elapsed)
     times.sort()
     return {"p50": times[len(times) // 2] / 1e3, "p99": times[len(times) * 99 // 100] / 1e3}
@@ -232,6 +242,9 @@ def main(arguments: list[str]) -> int:
         figures[f"step_us_{num_running}"] = round(times["p50"], 2)
         figures[f"step_us_{num_running}_p99"] = round(times["p99"], 2)
         print(f"step, {num_running:5} running: p50 {times['p50']:8.2f} us, p99 {times['p99']:8.2f} us", flush=True)
+    times = step_us(256, num_steps=2000, num_groups=16)
+    figures |= {"step_us_256_grouped": round(times["p50"], 2), "step_us_256_grouped_p99": round(times["p99"], 2)}
+    print(f"step,   256 in 16 groups: p50 {times['p50']:8.2f} us, p99 {times['p99']:8.2f} us", flush=True)
     for name, length in (("2k", 2048), ("32k", 32_768)):
         figures[f"admit_ns_per_token_{name}"] = round(admit_ns_per_token(length), 3)
         print(f"admission, {name} tokens cached: {figures[f'admit_ns_per_token_{name}']} ns per token", flush=True)
