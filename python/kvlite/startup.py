@@ -131,7 +131,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     )
     _check_method(limits)
     identity = _Identity(_canonical_prefix(config, tokenizer, limits), _digest(directory, model, dtype))
-    group_cost = measure_group_cost(ops, model, dtype) if config.prefix_grouping else NEVER
+    # Groups share whole splits of cached prompts: where no request is so long, or nothing is cached, none can form.
+    may_group = config.prefix_grouping and config.enable_prefix_caching and max_model_len > SPLIT
+    group_cost = measure_group_cost(ops, model, dtype) if may_group else NEVER
     core, arenas = _core_and_arenas(config, model, limits, identity, device, group_cost)
     startup = Startup(
         model=str(directory),

@@ -59,11 +59,11 @@ class Batch:
     def scale(self) -> float:
         return self.shape.head_dim**-0.5
 
-    def run(self, ops: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """out [T, H, D] and lse [T, H] of the batch, poisoned before; on the CPU."""
+    def run(self, ops: Any, *groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """out [T, H, D] and lse [T, H] of the batch, poisoned before; on the CPU. `groups` as the op takes them."""
         out, lse = poison(*self.q.shape, dtype=self.q.dtype), poison(*self.q.shape[:2])
         tensors = [self.q, self.k_cache, self.v_cache, self.block_table, self.query_start, self.context_len]
-        tensors += [self.seq_row, self.last_key, out, lse]
+        tensors += [self.seq_row, self.last_key, out, lse, *groups]
         if ops.backend == "triton" and torch.cuda.is_available():
             tensors = [x.cuda() for x in tensors]
         ops.attention(*tensors[:8], self.scale, self.shape.window, *tensors[8:])

@@ -27,16 +27,6 @@ def shared_batch(shape: Shape, num_keys: int) -> Batch:
     return batch
 
 
-def run(ops: Ops, batch: Batch, *groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = poison(*batch.q.shape, dtype=batch.q.dtype), poison(*batch.q.shape[:2])
-    tensors = [batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.query_start, batch.context_len]
-    tensors += [batch.seq_row, batch.last_key, out, lse, *groups]
-    if ops.backend == "triton" and torch.cuda.is_available():
-        tensors = [x.cuda() for x in tensors]
-    ops.attention(*tensors[:8], batch.scale, batch.shape.window, *tensors[8:])
-    return tensors[8].cpu(), tensors[9].cpu()
-
-
 @pytest.mark.parametrize(
     ("num_keys", "groups", "members"),
     [
@@ -52,8 +42,8 @@ def test_rows_of_a_group_get_what_they_get_alone(
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("fp32 takes the same way under the interpreter")
     batch = shared_batch(Shape(num_heads=4, kv_heads=2, head_dim=32, block_size=16, dtype=dtype), num_keys)
-    alone = run(ops, batch)
-    together = run(ops, batch, torch.tensor(groups, dtype=torch.int32), ints(*members))
+    alone = batch.run(ops)
+    together = batch.run(ops, torch.tensor(groups, dtype=torch.int32), ints(*members))
     if ops.backend == "reference":  # two sums merged instead of one
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(other, one)
@@ -67,7 +57,7 @@ def test_rows_of_a_group_get_what_they_get_alone(
 
 def test_a_window_ignores_groups(ops: Ops) -> None:
     batch = shared_batch(Shape(num_heads=4, kv_heads=2, head_dim=32, block_size=16, window=40), 256)
-    alone, together = run(ops, batch), run(ops, batch, torch.tensor([[0, 4, 256]], dtype=torch.int32), ints(*MEMBERS))
+    alone, together = batch.run(ops), batch.run(ops, torch.tensor([[0, 4, 256]], dtype=torch.int32), ints(*MEMBERS))
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 

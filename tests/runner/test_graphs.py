@@ -68,23 +68,28 @@ def logits_of(stage: Stage, plan: list[Rows]) -> list[torch.Tensor]:
     return [found[one.row] for one in plan]
 
 
+def check_step(eager: Stage, other: Stage, step: int, count: int) -> None:
+    """The last `count` rows decode: logits and KV of both have the same bits. The others get their key before."""
+    rows = list(range(NUM_ROWS))[::-1][:count]
+    plan = [Rows(row, [len(PROMPTS[row]) + step], [20 + row], sample=True) for row in rows]
+    resting = [Rows(row, [len(PROMPTS[row]) + step], [20 + row]) for row in range(NUM_ROWS - count)]
+    for stage in (eager, other):
+        if resting:  # the next plan reads it
+            stage.run(resting)
+    for want, have in zip(logits_of(eager, plan), logits_of(other, plan), strict=True):
+        assert torch.equal(want, have) and not have.isnan().any()
+    for row in rows:
+        keys = range(len(PROMPTS[row]) + step + 1)
+        assert torch.equal(eager.kv(row, keys), other.kv(row, keys))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replay_gives_the_bits_of_the_eager_way_at_every_batch_size(backend: str, name: str) -> None:
     recorder = Rerun()
     eager, graphs = staged(backend, None, name), staged(backend, recorder, name)
     for step, count in enumerate([*range(NUM_ROWS, 0, -1), NUM_ROWS]):
-        rows = list(range(NUM_ROWS))[::-1][:count]
-        plan = [Rows(row, [len(PROMPTS[row]) + step], [20 + row], sample=True) for row in rows]
-        if count < NUM_ROWS:  # rows that rest get their key, too: the next plan reads it
-            resting = [Rows(row, [len(PROMPTS[row]) + step], [20 + row]) for row in range(NUM_ROWS - count)]
-            eager.run(resting)
-            graphs.run(resting)
-        for want, have in zip(logits_of(eager, plan), logits_of(graphs, plan), strict=True):
-            assert torch.equal(want, have) and not have.isnan().any()
-        for row in rows:
-            keys = range(len(PROMPTS[row]) + step + 1)
-            assert torch.equal(eager.kv(row, keys), graphs.kv(row, keys))
+        check_step(eager, graphs, step, count)
     assert recorder.num_recorded == len(graph_sizes(NUM_ROWS)) and recorder.num_replays == 2 * NUM_ROWS
 
 
@@ -102,17 +107,7 @@ def test_a_tape_is_recorded_by_the_first_batch_of_its_size_and_gives_the_bits_of
     taped.runner.record_graphs(counted, range(1, 5), lazily=True)
     assert recorded == 0
     for step, (count, seen) in enumerate([(5, 1), (2, 3), (2, 3), (6, 3)]):  # beside 1, 4, 4 and 0 rows that rest
-        rows = list(range(NUM_ROWS))[::-1][:count]
-        plan = [Rows(row, [len(PROMPTS[row]) + step], [20 + row], sample=True) for row in rows]
-        resting = [Rows(row, [len(PROMPTS[row]) + step], [9]) for row in range(NUM_ROWS - count)]
-        for stage in (eager, taped):
-            if resting:
-                stage.run(resting)
-        for want, have in zip(logits_of(eager, plan), logits_of(taped, plan), strict=True):
-            assert torch.equal(want, have) and not have.isnan().any()
-        for row in rows:
-            keys = range(len(PROMPTS[row]) + step + 1)
-            assert torch.equal(eager.kv(row, keys), taped.kv(row, keys))
+        check_step(eager, taped, step, count)
         assert recorded == seen
 
 

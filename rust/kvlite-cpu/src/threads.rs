@@ -156,7 +156,7 @@ impl Drop for Open<'_> {
         self.0.state.fetch_add(GENERATION, Ordering::SeqCst);
         let mut patience = Patience::default();
         while !self.0.state.load(Ordering::Acquire).is_multiple_of(GENERATION) {
-            if patience.left().is_none_or(|left| left < LINGER) {
+            if patience.waited() >= SPIN {
                 std::thread::yield_now();
             }
         }
@@ -208,13 +208,12 @@ impl Shared {
             if self.stopped.load(Ordering::Relaxed) {
                 return None;
             }
-            match patience.left() {
-                Some(left) if left < LINGER => std::thread::yield_now(),
-                Some(_) => {}
-                None => {
-                    self.sleep(last);
-                    patience = Patience::default();
-                }
+            let waited = patience.waited();
+            if waited >= SPIN + LINGER {
+                self.sleep(last);
+                patience = Patience::default();
+            } else if waited >= SPIN {
+                std::thread::yield_now();
             }
         }
     }
@@ -245,27 +244,23 @@ impl Shared {
     }
 }
 
-/// Counts down from `SPIN` and `LINGER`.
+/// How long somebody has waited.
 #[derive(Default)]
 struct Patience {
     spins: usize,
-    until: Option<Instant>,
-    left: Option<Duration>,
+    since: Option<Instant>,
+    waited: Duration,
 }
 
 impl Patience {
-    /// What is left, looked up now and then; none: it is over.
-    fn left(&mut self) -> Option<Duration> {
+    /// Looked up now and then while it is less than `SPIN`: the clock costs as much as some looks.
+    fn waited(&mut self) -> Duration {
         std::hint::spin_loop();
         self.spins += 1;
-        let left = *self.left.get_or_insert(SPIN + LINGER);
-        if left >= LINGER && !self.spins.is_multiple_of(SPINS) {
-            return Some(left);
+        if self.waited >= SPIN || self.spins.is_multiple_of(SPINS) {
+            self.waited = self.since.get_or_insert_with(Instant::now).elapsed();
         }
-        let now = Instant::now();
-        let until = *self.until.get_or_insert(now + SPIN + LINGER);
-        self.left = Some(until.saturating_duration_since(now));
-        self.left.filter(|left| !left.is_zero())
+        self.waited
     }
 }
 

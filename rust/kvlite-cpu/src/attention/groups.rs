@@ -37,8 +37,9 @@ pub(super) fn take_prefixes<E: Element>(args: &Attention<'_, E>, tiles: &mut [Ti
         tiles_of[tile.sequence] = (tiles_of[tile.sequence].0 + 1, at);
     }
     for (index, &[first, count, keys]) in groups.groups.iter().enumerate() {
-        let members = members(groups.seqs, first, count).ok_or(Error::PrefixGroup { index, first, count, keys })?;
-        let keys = usize::try_from(keys).map_err(|_| Error::PrefixGroup { index, first, count, keys })?;
+        let (Some(members), Ok(keys)) = (members(groups.seqs, first, count), usize::try_from(keys)) else {
+            return Err(Error::PrefixGroup { index, first, count, keys });
+        };
         let mut open: Option<Tile> = None;
         for &seq in members {
             let sequence = usize::try_from(seq).ok().filter(|&seq| seq < tiles_of.len());
