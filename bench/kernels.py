@@ -159,6 +159,10 @@ def measure(make: Maker, clock: Clock, op: str = "") -> dict[str, Any]:
     """Check and time of every case whose name begins with `op`, on every backend."""
     figures: dict[str, Any] = {}
     every = backends(make.device)
+    if not any(case.name.startswith(op) for case in timed_small(make)):
+        raise BenchError(
+            f"--op {op}: no case begins so; cases are {', '.join(case.name for case in timed_small(make))}"
+        )
     for name, ops in every.items():
         for case, reference in zip(timed_small(make), timed_small(make), strict=True):
             if not case.name.startswith(op):
@@ -192,6 +196,8 @@ def main(arguments: list[str]) -> int:
     use_threads(options.threads)
     start = time.perf_counter()
     make = Maker(device, dtype)
+    if options.grouped and options.op not in ("", "attention"):
+        raise BenchError(f"--op {options.op} --grouped: only attention has a grouped form")
     if options.grouped:
         from .grouped import measure as measure_groups
 

@@ -104,3 +104,12 @@ def test_a_share_above_one_fails_after_its_limit_had_more_turns(monkeypatch: pyt
     with pytest.raises(BenchError, match=r"op on reference took 1\.000 ms, 2\.000 of its limit"):
         measure(MAKE, clock)
     assert clock.num_turns == MORE_TURNS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"), [("--op nothing", "no case begins so"), ("--op linear --grouped", "only attention")]
+)
+def test_an_op_without_a_case_is_refused(arguments: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "Clock", lambda *_: FixedClock())
+    with pytest.raises(BenchError, match=complaint):
+        kernels.main(["--device", "cpu", *arguments.split()])
