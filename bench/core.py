@@ -75,6 +75,7 @@ class Loop:
             "vocab_size": VOCAB_SIZE,
             "enable_prefix_caching": True,
             "policy": "fcfs",
+            "max_passes": 64,
             "attention_cost_tokens": 4096,
             "attention_split_tokens": 256,
             "group_cost_tokens": 0,

@@ -18,6 +18,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 100,
     "enable_prefix_caching": True,
     "policy": "fcfs",
+    "max_passes": 64,
     "attention_cost_tokens": 1000,
     "attention_split_tokens": 256,
     "group_cost_tokens": 0,

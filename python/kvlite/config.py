@@ -42,9 +42,13 @@ class DType(StrEnum):
 
 
 class Policy(StrEnum):
-    """Order in which waiting requests are admitted."""
+    """Order in which waiting requests are admitted; sched/policy.rs has each one's objective and bound."""
 
     FCFS = "fcfs"
+    PRIORITY = "priority"
+    HIT_RATE = "hit-rate"
+    CACHE_AWARE = "cache-aware"
+    FAIR = "fair"
 
 
 class DefaultReuse(StrEnum):
@@ -127,7 +131,14 @@ class EngineConfig:
     max_num_waiting: int = _setting(1024, int, "requests that may wait", low=1, high=1 << 20, core=True)
     enable_prefix_caching: bool = _setting(True, bool, "keep finished KV for later prompts", core=True)
     prefix_grouping: bool = _setting(True, bool, "read a prefix that running requests share once per step (CPU)")
-    policy: Policy = _setting(Policy.FCFS, Policy, "order of admission", core=True)  # noqa: RUF009
+    policy: Policy = _setting(  # noqa: RUF009
+        Policy.FCFS, Policy, "order of admission: arrival, level of priority, largest cached share first, least work"
+        " first, least served tenant first", core=True,
+    )  # fmt: skip
+    max_passes: int = _setting(
+        64, int, "later requests of its tenant that hit-rate, cache-aware and fair let pass one that waits",
+        low=0, high=1 << 20, core=True,
+    )  # fmt: skip
     reuse: DefaultReuse = _setting(DefaultReuse.PREFIX, DefaultReuse, "cached KV that a request takes unless it says")  # noqa: RUF009
     reuse_method: str = _setting("query", str, "how blended requests choose the rows to recompute")
     recompute_ratio: float = _setting(

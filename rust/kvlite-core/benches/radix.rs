@@ -49,6 +49,7 @@ impl Fixture {
             vocab_size: 151_000,
             enable_prefix_caching: true,
             policy: PolicyKind::Fcfs,
+            max_passes: 64,
             attention_cost_tokens: 1,
             attention_split_tokens: 256,
             group_cost_tokens: 0,

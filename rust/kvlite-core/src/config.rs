@@ -9,8 +9,16 @@ use crate::ids::Token;
 /// Order in which waiting requests are admitted; see `sched::policy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PolicyKind {
-    /// Arrival order, shifted by priority.
+    /// Arrival order.
     Fcfs,
+    /// Levels of priority, aged.
+    Priority,
+    /// Largest reused share of the prompt first, within a tenant.
+    HitRate,
+    /// Least work first, within a tenant.
+    CacheAware,
+    /// Least served tenant first.
+    Fair,
 }
 
 /// Limits of one core. Public limits keep the spelling that vLLM's users know.
@@ -34,6 +42,8 @@ pub struct CoreConfig {
     pub enable_prefix_caching: bool,
     /// Admission order.
     pub policy: PolicyKind,
+    /// Later requests of a tenant that may be admitted before one that waits, where the policy compares requests.
+    pub max_passes: u32,
     /// Context length at which attention costs a token as much as the linear layers do; prices prefill chunks.
     pub attention_cost_tokens: u32,
     /// Tokens of one split of attention: a group shares whole splits, so a row's partial results are those it has alone.
@@ -74,6 +84,7 @@ impl CoreConfig {
         range("max_model_len", self.max_model_len.into(), 2, 1 << 24)?;
         range("max_num_waiting", self.max_num_waiting.into(), 1, 1 << 20)?;
         range("vocab_size", self.vocab_size.into(), 1, i32::MAX as u64)?;
+        range("max_passes", self.max_passes.into(), 0, 1 << 20)?;
         range("attention_cost_tokens", self.attention_cost_tokens.into(), 1, i32::MAX as u64)?;
         range("attention_split_tokens", self.attention_split_tokens.into(), 1, 1 << 16)?;
         range("group_cost_tokens", self.group_cost_tokens.into(), 0, i32::MAX as u64)?;
@@ -111,6 +122,7 @@ mod tests {
             vocab_size: 9,
             enable_prefix_caching: true,
             policy: PolicyKind::Fcfs,
+            max_passes: 64,
             attention_cost_tokens: 1,
             attention_split_tokens: 4,
             group_cost_tokens: 0,

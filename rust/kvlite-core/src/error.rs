@@ -113,6 +113,12 @@ pub enum CoreError {
         /// What was given.
         tenant: u32,
     },
+    /// A priority that the order of admission does not know.
+    #[error("priority is {priority}, allowed is 0 unless the policy is priority")]
+    Priority {
+        /// What was given.
+        priority: i32,
+    },
     /// More spans than a request may name.
     #[error("{count} spans were given, at most {max} are allowed (max_segments)")]
     TooManySpans {

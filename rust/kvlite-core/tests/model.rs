@@ -74,6 +74,7 @@ impl Pair {
             vocab_size: 8,
             enable_prefix_caching: regime.keeps_released,
             policy: PolicyKind::Fcfs,
+            max_passes: 64,
             attention_cost_tokens: ATTENTION_COST_TOKENS,
             attention_split_tokens: 256,
             group_cost_tokens: 0,

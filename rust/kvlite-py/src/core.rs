@@ -23,7 +23,7 @@ macro_rules! items {
 pub(crate) use items;
 
 /// Names of `CoreConfig`'s fields, all of them required.
-const FIELDS: [&str; 19] = [
+const FIELDS: [&str; 20] = [
     "num_blocks",
     "block_size",
     "max_num_seqs",
@@ -33,6 +33,7 @@ const FIELDS: [&str; 19] = [
     "vocab_size",
     "enable_prefix_caching",
     "policy",
+    "max_passes",
     "attention_cost_tokens",
     "attention_split_tokens",
     "group_cost_tokens",
@@ -343,8 +344,16 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
         enable_prefix_caching: value("enable_prefix_caching")?.extract()?,
         policy: match policy.as_str() {
             "fcfs" => PolicyKind::Fcfs,
-            other => return Err(invalid("policy", format!("policy is {other:?}, allowed is fcfs"))),
+            "priority" => PolicyKind::Priority,
+            "hit-rate" => PolicyKind::HitRate,
+            "cache-aware" => PolicyKind::CacheAware,
+            "fair" => PolicyKind::Fair,
+            other => {
+                let allowed = "fcfs, priority, hit-rate, cache-aware, fair";
+                return Err(invalid("policy", format!("policy is {other:?}, allowed are {allowed}")));
+            }
         },
+        max_passes: number("max_passes")?,
         attention_cost_tokens: number("attention_cost_tokens")?,
         attention_split_tokens: number("attention_split_tokens")?,
         group_cost_tokens: number("group_cost_tokens")?,

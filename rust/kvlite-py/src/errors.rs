@@ -76,6 +76,7 @@ pub fn from_core(error: &CoreError, ids: &'static str) -> PyErr {
         CoreError::MinTokens { .. } => "min_tokens",
         CoreError::StopIds { .. } => "stop_token_ids",
         CoreError::Tenant { .. } => "tenant",
+        CoreError::Priority { .. } => "priority",
         CoreError::TooManySpans { .. } | CoreError::Span { .. } => "spans",
         CoreError::Share { field: "ratio", .. } => "ratio",
         CoreError::Share { .. } | CoreError::Rounds { .. } => "rounds",

@@ -5,6 +5,7 @@
 use super::makers::Maker;
 use super::{BlendRequest, Core, NO_HANDLE, NO_SLOT, RequestState};
 use crate::blend::Blend;
+use crate::config::PolicyKind;
 use crate::error::CoreError;
 use crate::ids::{Label, TenantId, Token};
 use crate::sequence::{Rank, Sequence, Status, stop_bit};
@@ -25,7 +26,7 @@ pub struct Request<'a> {
     pub min_tokens: u32,
     /// Ids that end a choice; the id itself is part of the output.
     pub stop_token_ids: &'a [Token],
-    /// Lower is sooner; see the policy.
+    /// Lower is sooner; 0 unless the policy is `PolicyKind::Priority`.
     pub priority: i32,
     /// On the clock of `step`'s `now_ms`: the request ends with a timeout at the first step at or after it.
     pub deadline_ms: Option<i64>,
@@ -84,15 +85,14 @@ impl Core {
     /// run.
     pub(super) fn enqueue(&mut self, slot: u32) {
         if self.seq(slot).blend.is_none() || self.prepare(slot, true).is_some() {
-            let seq = self.seq(slot);
-            self.waiting.insert((seq.rank, seq.choice, slot));
+            self.join_queue(slot);
         }
     }
 
     /// The rank of whoever comes now.
     pub(super) fn take_rank(&mut self, priority: i32) -> Rank {
         let arrival = self.take_arrival();
-        (self.policy.rank(arrival, priority), self.take_serial())
+        (self.queue.rank(arrival, priority), self.take_serial())
     }
 
     /// Stores a request and its first sequence, not yet queued; returns handle and slot. The core's own get no handle.
@@ -173,6 +173,10 @@ impl Core {
         if count > MAX_STOP_TOKEN_IDS {
             return Err(CoreError::StopIds { count, max: MAX_STOP_TOKEN_IDS });
         }
+        let priority = request.priority;
+        if priority != 0 && config.policy != PolicyKind::Priority {
+            return Err(CoreError::Priority { priority });
+        }
         self.check_tokens(request.prompt, request.tenant)?;
         if let Some(blend) = &request.blend {
             blend.check(prompt_len, config)?;
@@ -212,7 +216,7 @@ impl Core {
         let max = self.config.max_num_waiting as usize;
         let waits = |maker: &&Maker| self.seq(maker.slot).status() == Status::Waiting;
         let arriving = self.arrivals.values().filter(|arrival| arrival.rows.is_empty()).count();
-        let queued = self.waiting.len() + self.num_outside + self.num_shelved + arriving;
+        let queued = self.queue.len() + self.num_outside + self.num_shelved + arriving;
         let waiting = queued - self.makers.values().filter(waits).count();
         let unread = self.out_finished.len();
         if waiting >= max || waiting + unread >= max + self.config.max_num_seqs as usize {
@@ -259,7 +263,7 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{CoreConfig, PolicyKind};
+    use crate::config::CoreConfig;
 
     #[test]
     fn handles_start_again_after_the_last_and_step_over_those_that_live() {
@@ -273,6 +277,7 @@ mod tests {
             vocab_size: 9,
             enable_prefix_caching: true,
             policy: PolicyKind::Fcfs,
+            max_passes: 64,
             attention_cost_tokens: 1,
             attention_split_tokens: 256,
             group_cost_tokens: 0,

@@ -12,8 +12,9 @@ use crate::sequence::{Sequence, Status};
 
 impl Core {
     pub(super) fn admit(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, budget: &mut Budget) {
+        self.queue.begin_step();
         while budget.tokens() > 0 {
-            let Some(&(_, _, slot)) = self.waiting.first() else { break };
+            let Some(slot) = self.next_candidate() else { break };
             if !self.try_admit(slot, true, plan, record, budget) {
                 break;
             }
@@ -137,7 +138,7 @@ impl Core {
     }
 
     /// Full hits go to `scratch_hits`; at least one token is left to compute.
-    fn find_prefix(&mut self, slot: u32, may_copy: bool) -> Option<PartialHit> {
+    pub(super) fn find_prefix(&mut self, slot: u32, may_copy: bool) -> Option<PartialHit> {
         self.scratch_hits.clear();
         let seq = &self.seqs[slot as usize];
         let state = self.requests[seq.request as usize].as_ref().expect("a waiting sequence has its request");
@@ -251,7 +252,7 @@ impl Core {
         let block_size = self.config.block_size;
         let row = self.free_rows.pop().expect("rows were counted before");
         let seq = &mut self.seqs[slot as usize];
-        self.waiting.remove(&(seq.rank, seq.choice, slot));
+        self.queue.admit(seq.tenant(), seq.place(slot));
         seq.become_(Status::Running);
         seq.row = row;
         seq.blocks.reserve_exact(seq.end_len.div_ceil(block_size) as usize);
@@ -278,6 +279,10 @@ impl Core {
             (false, false) => Cause::Resumed,
         };
         self.enter_running(slot);
+        if is_first {
+            let (tenant, work) = (self.seq(slot).tenant(), self.waiting(slot, cached_len).work());
+            self.queue.charge(tenant, work.into());
+        }
         if is_maker {
             return;
         }

@@ -107,7 +107,7 @@ impl Core {
         let is_leaving = |seq: &&Sequence| matches!(seq.status(), Status::Ending | Status::Preempting);
         assert_eq!(self.seqs.iter().filter(is_leaving).count(), self.num_leaving, "leaving sequences are counted");
         let num_waiting = self.seqs.iter().filter(|seq| seq.status() == Status::Waiting).count();
-        assert_eq!(num_waiting, self.waiting.len(), "whoever waits is in the queue");
+        assert_eq!(num_waiting, self.queue.len(), "whoever waits is in the queue");
         let num_outside = self.seqs.iter().filter(|seq| seq.status() == Status::Outside).count();
         assert_eq!(num_outside, self.num_outside, "whoever waits for segments is counted");
         let num_shelved = self.seqs.iter().filter(|seq| seq.status() == Status::Shelved).count();
@@ -116,9 +116,11 @@ impl Core {
         let limit = (self.config.max_num_waiting + self.config.max_num_seqs) as usize;
         let live = self.by_handle.len() + self.arrivals.len();
         assert!(live <= limit, "{live} requests live, the tables are made for {limit}");
-        for &(rank, choice, slot) in &self.waiting {
+        self.queue.audit();
+        for slot in self.queue.slots() {
             let seq = self.seq(slot);
-            assert_eq!(((rank, choice), Status::Waiting), (seq.order(), seq.status()), "the queue names its sequences");
+            let is_here = self.queue.holds(seq.tenant(), seq.place(slot));
+            assert!(is_here && seq.status() == Status::Waiting, "the queue names its sequences");
             assert!(seq.blocks.is_empty() && seq.tail_source.is_none(), "a waiting sequence holds no block");
         }
     }

@@ -20,7 +20,7 @@ impl Core {
     /// What a blended sequence would come in with: full hits in `scratch_hits`, reused rows in its `reused`, spans whose
     /// segments are not there in `scratch_spans`. Returns the partial hit (none unless it `may_copy`) and the recipe that
     /// both go by.
-    fn survey(&mut self, slot: u32, may_copy: bool) -> (Option<PartialHit>, Option<u32>) {
+    pub(super) fn survey(&mut self, slot: u32, may_copy: bool) -> (Option<PartialHit>, Option<u32>) {
         let block_size = self.config.block_size;
         let seq = &mut self.seqs[slot as usize];
         let tenant = seq.tenant();

@@ -7,6 +7,7 @@ use crate::blend::Stage;
 use crate::cache::Inserted;
 use crate::ids::{BlockId, Token};
 use crate::plan::Region;
+use crate::sched::policy::OUTPUT_WEIGHT;
 use crate::sequence::{FinishReason, Status, stop_bit};
 
 impl Core {
@@ -70,9 +71,10 @@ impl Core {
     fn append(&mut self, slot: u32, token: Token) {
         let seq = &mut self.seqs[slot as usize];
         seq.tokens.push(token);
-        let output_len = seq.output_len();
+        let (output_len, tenant) = (seq.output_len(), seq.tenant());
         self.out_committed.push([seq.row as i32, output_len as i32 - 1, token]);
         self.stats.generated_tokens_total += 1;
+        self.queue.charge(tenant, OUTPUT_WEIGHT);
         let at_end = seq.tokens.len() as u32 >= seq.end_len;
         let may_stop = seq.stop_mask & stop_bit(token) != 0;
         if may_stop && self.is_stop(slot, token) {

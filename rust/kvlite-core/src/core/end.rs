@@ -61,9 +61,7 @@ impl Core {
         let (status, request, choice) = (seq.status(), seq.request, seq.choice);
         match status {
             Status::Vacant | Status::Ending => return false,
-            Status::Waiting => {
-                self.waiting.remove(&(seq.rank, choice, slot));
-            }
+            Status::Waiting => self.leave_queue(slot),
             Status::Outside => self.stop_waiting(slot),
             Status::Shelved => self.num_shelved -= 1,
             Status::Running | Status::Forked | Status::Frozen => {
@@ -139,7 +137,7 @@ impl Core {
             seq.become_(Status::Shelved);
             self.num_shelved += 1;
         } else {
-            self.waiting.insert((seq.rank, seq.choice, slot));
+            self.join_queue(slot);
         }
     }
 

@@ -37,8 +37,7 @@ impl Core {
             let blend = self.seq_mut(slot).blend.as_mut().expect("only blends wait for segments");
             blend.attempts -= 1; // It has not been served.
         } else {
-            let seq = self.seq(slot);
-            self.waiting.remove(&(seq.rank, seq.choice, slot));
+            self.leave_queue(slot);
         }
         self.seq_mut(slot).become_(Status::Shelved);
         self.num_shelved += 1;
@@ -71,10 +70,8 @@ impl Core {
                 Status::Frozen => self.seq_mut(slot).become_(Status::Running),
                 Status::Shelved => {
                     self.num_shelved -= 1;
-                    let seq = self.seq_mut(slot);
-                    seq.become_(Status::Waiting);
-                    let place = (seq.rank, seq.choice, slot);
-                    self.waiting.insert(place);
+                    self.seq_mut(slot).become_(Status::Waiting);
+                    self.join_queue(slot);
                 }
                 _ => {}
             }

@@ -65,7 +65,7 @@ impl Core {
             decode_rows: 0,
         };
         let arrival = self.take_arrival();
-        let rank = (self.policy.rank(arrival, 0), self.take_serial());
+        let rank = (self.queue.rank(arrival, 0), self.take_serial());
         let mut seq = Sequence::new(0, 0, Label::exact(owner), rank, ids, ids.len() as u32);
         seq.blend = Some(Box::new(Blend::new(Arc::new(rule))));
         let state = RequestState { precomputes: true, pins: pinned, ..RequestState::new(1) };
@@ -203,9 +203,8 @@ impl Core {
         self.scratch_spans = spans;
         let waits = !self.blend(slot).waits.is_empty();
         if waits {
-            let seq = &mut self.seqs[slot as usize];
-            self.waiting.remove(&(seq.rank, seq.choice, slot));
-            seq.become_(Status::Outside);
+            self.leave_queue(slot);
+            self.seq_mut(slot).become_(Status::Outside);
             self.num_outside += 1;
             self.blend(slot).attempts += 1;
         }
@@ -248,8 +247,7 @@ impl Core {
         seq.makes = Some(id);
         let (_, slot) = self.enlist(seq, RequestState { handle: NO_HANDLE, ..RequestState::new(1) }, None, 0);
         self.makers.insert(id, Maker { slot, waiters: Vec::new() });
-        let seq = self.seq(slot);
-        self.waiting.insert((seq.rank, 0, slot));
+        self.join_queue(slot);
     }
 
     /// A request that precomputes: ends when its segment is ready or cannot be had, else waits for it.
@@ -318,8 +316,7 @@ impl Core {
         if self.request(self.seq(slot).request).precomputes {
             self.settle(slot);
         } else {
-            let seq = self.seq(slot);
-            self.waiting.insert((seq.rank, seq.choice, slot));
+            self.join_queue(slot);
         }
     }
 

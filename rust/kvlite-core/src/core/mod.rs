@@ -18,12 +18,16 @@ mod land;
 mod makers;
 mod manifest;
 mod outputs;
+mod queue;
 mod recipes;
 mod records;
 mod repairs;
 mod reuse;
 mod schedule;
+mod service;
 mod stats;
+mod turns;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -36,11 +40,11 @@ use crate::error::CoreError;
 use crate::ids::BlockId;
 use crate::plan::{Header, Layout, PlanWriter, Region};
 use crate::sched::Demand;
-use crate::sched::policy::{Policy, policy};
-use crate::sequence::{Rank, Sequence};
+use crate::sequence::Sequence;
 use grouping::Grouping;
 use import::Arrival;
 use makers::Maker;
+use queue::Queue;
 use recipes::Recipes;
 use records::{Hold, NO_HANDLE, NO_SLOT, PlanEntry, PlanRecord, RequestState};
 
@@ -53,7 +57,6 @@ pub use stats::CoreStats;
 pub struct Core {
     config: CoreConfig,
     layout: Arc<Layout>,
-    policy: Box<dyn Policy>,
     cache: Cache,
     requests: Vec<Option<RequestState>>,
     free_requests: Vec<u32>,
@@ -64,8 +67,7 @@ pub struct Core {
     next_serial: u64,
     seqs: Vec<Sequence>,
     free_slots: Vec<u32>,
-    /// (rank, choice, slot), the head first.
-    waiting: BTreeSet<(Rank, u32, u32)>,
+    queue: Queue,
     /// Sequences that wait for segments, outside the queue.
     num_outside: usize,
     /// Sequences that waited when they were frozen.
@@ -106,6 +108,7 @@ pub struct Core {
     scratch_spans: Vec<usize>,
     scratch_demands: Vec<Demand>,
     scratch_prefill: Vec<u32>,
+    scratch_looks: Vec<u32>,
     grouping: Grouping,
     stats: CoreStats,
 }
@@ -125,7 +128,6 @@ impl Core {
         let max_finished = layout.region(Region::Finished).rows;
         Ok(Core {
             records: [record(), record()],
-            policy: policy(config.policy),
             cache: Cache::new(&config),
             requests: Vec::new(),
             free_requests: Vec::new(),
@@ -135,7 +137,7 @@ impl Core {
             next_serial: 0,
             seqs: Vec::new(),
             free_slots: Vec::new(),
-            waiting: BTreeSet::new(),
+            queue: Queue::new(&config),
             num_outside: 0,
             num_shelved: 0,
             makers: FxHashMap::default(),
@@ -161,6 +163,7 @@ impl Core {
             scratch_spans: Vec::with_capacity(config.max_segments as usize),
             scratch_demands: Vec::with_capacity(num_seqs + 1),
             scratch_prefill: Vec::with_capacity(num_seqs),
+            scratch_looks: Vec::with_capacity(queue::WINDOW),
             grouping: Grouping::new(&config),
             stats: CoreStats::default(),
             layout: Arc::new(layout),
@@ -219,7 +222,7 @@ impl Core {
         let arrivals = self.arrivals.values().filter_map(|arrival| arrival.deadline_ms);
         let next = self.deadlines.first().map(|&(deadline, _)| deadline).into_iter().chain(arrivals).min();
         let wake = next.map_or(-1, |deadline| deadline.saturating_sub(now_ms).clamp(0, i64::from(i32::MAX)));
-        plan.seal(plan_id(record.number), wake as i32, self.running.len(), self.waiting.len() + self.num_outside);
+        plan.seal(plan_id(record.number), wake as i32, self.running.len(), self.queue.len() + self.num_outside);
         self.records[arena_idx] = record;
         self.stats.steps_total += 1;
         Ok(())

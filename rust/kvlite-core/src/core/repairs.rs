@@ -60,8 +60,7 @@ impl Core {
     pub(super) fn queue_choice(&mut self, parent: u32, choice: u32) {
         let mut fork = Sequence::forked_from(self.seq(parent), choice);
         fork.become_(Status::Waiting);
-        let rank = fork.rank;
         let slot = self.join(fork.request, fork);
-        self.waiting.insert((rank, choice, slot));
+        self.join_queue(slot);
     }
 }

@@ -71,7 +71,7 @@ impl Core {
         let counts = self.cache.counts();
         CoreStats {
             num_running: self.running.len(),
-            num_waiting: self.waiting.len() + self.num_outside + self.num_shelved,
+            num_waiting: self.queue.len() + self.num_outside + self.num_shelved,
             num_requests: self.by_handle.len(),
             free_blocks: counts.free,
             cached_blocks: counts.cached,

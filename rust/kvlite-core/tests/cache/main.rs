@@ -22,6 +22,7 @@ fn config(num_blocks: u32) -> CoreConfig {
         vocab_size: 1000,
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
+        max_passes: 64,
         attention_cost_tokens: 1,
         attention_split_tokens: 256,
         group_cost_tokens: 0,

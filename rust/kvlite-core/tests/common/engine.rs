@@ -34,6 +34,8 @@ pub struct Told {
     pub moved: bool,
     /// Later arrivals admitted before this one, by priority.
     pub passed_by: BTreeMap<i32, u64>,
+    /// Requests of its tenant admitted before this one though they come after it in order of rank.
+    pub passes: u64,
 }
 
 impl Told {
@@ -55,6 +57,7 @@ impl Told {
             logprobs: vec![0; asked.prompt.len()],
             moved: false,
             passed_by: BTreeMap::new(),
+            passes: 0,
         }
     }
 
@@ -109,6 +112,7 @@ pub fn small_config() -> CoreConfig {
         vocab_size: 100,
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
+        max_passes: 64,
         attention_cost_tokens: 4096,
         attention_split_tokens: 256,
         group_cost_tokens: 0,

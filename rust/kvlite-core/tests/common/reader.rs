@@ -1,8 +1,9 @@
 //! What the engine reads in plans, and every promise to it checked as it reads.
 
 use kvlite_core::FinishReason;
+use kvlite_core::PolicyKind;
 use kvlite_core::plan::{Cause, PlanView, Region, SAMPLE};
-use kvlite_core::sched::policy::{Fcfs, Policy};
+use kvlite_core::sched::policy::{Fcfs, Policy, Priority};
 
 use super::device::Drawn;
 use super::engine::Engine;
@@ -155,8 +156,18 @@ impl Engine {
         assert!((cached_len as usize) < asked.prompt.len(), "at least one prompt token is computed");
         told.admitted = true;
         told.cached_len[choice] = cached_len;
-        let (arrival, priority) = (told.arrival, asked.priority);
-        let rank = Fcfs.rank(arrival, priority);
+        self.check_order(handle);
+    }
+
+    /// Who was passed by this first admission, and whether the policy's bound allows that.
+    fn check_order(&mut self, handle: i32) {
+        let config = self.core.config();
+        let (policy, max_passes) = (config.policy, u64::from(config.max_passes));
+        let (asked, arrival) = (&self.asked[&handle], self.told[&handle].arrival);
+        let rank = |arrival, priority| match policy {
+            PolicyKind::Priority => Priority.rank(arrival, priority),
+            _ => Fcfs.rank(arrival, priority),
+        };
         for (other, told) in &mut self.told {
             if told.admitted || told.moved || told.finished[0].is_some() {
                 continue;
@@ -165,11 +176,19 @@ impl Engine {
             if other.blend.is_some() || other.precompute.is_some() {
                 continue; // It may be outside the queue.
             }
-            assert!(Fcfs.rank(told.arrival, other.priority) >= rank, "{handle} overtook the head of the queue");
-            if told.arrival < arrival {
-                let passed_by = told.passed_by.entry(priority).or_default();
+            let is_late = rank(told.arrival, other.priority) < rank(arrival, asked.priority);
+            if is_late && matches!(policy, PolicyKind::Fcfs | PolicyKind::Priority) {
+                panic!("{handle} overtook the head of the queue");
+            }
+            if is_late && other.tenant == asked.tenant {
+                told.passes += 1;
+                assert!(told.passes <= max_passes, "{handle} is one too many before another of its tenant");
+            }
+            if told.arrival < arrival && policy == PolicyKind::Priority {
+                let passed_by = told.passed_by.entry(asked.priority).or_default();
                 *passed_by += 1;
-                assert!(*passed_by <= Fcfs.may_be_passed_by(other.priority, priority), "the waiting bound holds");
+                let bound = Priority::may_be_passed_by(other.priority, asked.priority);
+                assert!(*passed_by <= bound, "the waiting bound holds");
             }
         }
     }

@@ -30,6 +30,7 @@ impl Steady {
             vocab_size: VOCAB_SIZE,
             enable_prefix_caching: true,
             policy: PolicyKind::Fcfs,
+            max_passes: 64,
             attention_cost_tokens: 4096,
             attention_split_tokens: 256,
             group_cost_tokens: 0,

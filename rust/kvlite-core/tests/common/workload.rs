@@ -4,6 +4,11 @@ use kvlite_core::{CoreConfig, PolicyKind, Round, Scope};
 
 use super::{Asked, Blend, PUBLIC, Rng, mix};
 
+pub const POLICIES: [PolicyKind; 5] = {
+    use PolicyKind::{CacheAware, Fair, Fcfs, HitRate, Priority};
+    [Priority, Fcfs, HitRate, CacheAware, Fair]
+};
+
 pub fn random_config(rng: &mut Rng) -> CoreConfig {
     let block_size = [1, 2, 4, 4, 5][rng.range(0, 4) as usize];
     let max_num_seqs = rng.range(1, 6) as u32;
@@ -20,6 +25,7 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         vocab_size,
         enable_prefix_caching: !rng.chance(12),
         policy: PolicyKind::Fcfs,
+        max_passes: 64,
         attention_cost_tokens: rng.range(1, 64) as u32,
         attention_split_tokens: 1,
         group_cost_tokens: 0,
@@ -36,6 +42,8 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
     CoreConfig {
         attention_split_tokens: [1, 2, 4, 6][bits as usize % 4],
         group_cost_tokens: [0, 0, 5, i32::MAX as u32][(bits >> 2) as usize % 4],
+        policy: POLICIES[(bits >> 8) as usize % POLICIES.len()],
+        max_passes: [0, 1, 2, 64][(bits >> 16) as usize % 4],
         ..config
     }
 }
@@ -122,7 +130,10 @@ impl Texts {
             min_tokens: if rng.chance(20) { rng.range(0, u64::from(max_tokens)) as u32 } else { 0 },
             stop_token_ids: random_ids(rng, stops, config.vocab_size),
             tenant: self.tenant(rng),
-            priority: if rng.chance(10) { rng.range(0, 4) as i32 - 2 } else { 0 },
+            priority: match rng.chance(10).then(|| rng.range(0, 4) as i32 - 2) {
+                Some(priority) if config.policy == PolicyKind::Priority => priority,
+                _ => 0,
+            },
             deadline_ms: rng.chance(10).then(|| now_ms + rng.range(0, 60) as i64),
             use_cache: !rng.chance(10),
             prompt_logprobs: rng.chance(8),

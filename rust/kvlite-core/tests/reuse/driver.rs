@@ -18,6 +18,7 @@ pub fn config() -> CoreConfig {
         vocab_size: 100,
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
+        max_passes: 64,
         attention_cost_tokens: 1 << 20,
         attention_split_tokens: 256,
         group_cost_tokens: 0,
