@@ -13,6 +13,7 @@ BENCHMARKS = {
     "decode": "decode steps of an embedded engine, as shares of the limits",
     "blend": "documents at any place: time to the first token against exact prefill, memory, neighbours",
     "migrate": "moves of requests between engines: gaps between tokens, neighbours, bytes",
+    "policies": "orders of admission on a mix of hit rates, each against fcfs",
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
     "quality": "answers and time to the first token of blended reuse, by method and recompute ratio",
     "kernels": "each op on each backend, as shares of its bound",

@@ -200,6 +200,7 @@ def test_a_full_queue_is_capacity_and_not_the_callers_fault():
         ({"num_blocks": -1}, "num_blocks"),
         ({"watermark_ratio": float("nan")}, "watermark_ratio"),
         ({"policy": "lottery"}, "policy"),
+        ({"max_passes": (1 << 20) + 1}, "max_passes"),
         ({"max_num_batched_tokens": 3}, "max_num_batched_tokens"),
         ({"num_bloks": 1}, "num_bloks"),
         ({"segment_cache_ratio": 1.5}, "segment_cache_ratio"),

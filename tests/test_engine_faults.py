@@ -85,6 +85,7 @@ def test_bad_requests_name_their_field_and_change_nothing(
         (RequestOptions(priority=1.5), "priority"),  # pyright: ignore[reportArgumentType]
         (RequestOptions(priority=None), "priority"),  # pyright: ignore[reportArgumentType]
         (RequestOptions(priority=1 << 40), "priority"),
+        (RequestOptions(priority=1), "priority"),
         (RequestOptions(tenant=-1), "tenant"),
         (RequestOptions(reuse="of"), "reuse"),  # pyright: ignore[reportArgumentType]
         (RequestOptions(timeout_s="soon"), "timeout_s"),  # pyright: ignore[reportArgumentType]

@@ -25,6 +25,7 @@ from kvlite import (
     SamplingParams,
     Segment,
 )
+from kvlite.config import Policy
 from tests.engines import engine, ids, pool_of
 
 METHODS = ("none", "boundary", "random", "deviation", "attention-deviation", "query", "hybrid")
@@ -61,7 +62,8 @@ class Crowd:
             temperature=draw.choice([0, 1]), seed=draw.randrange(9), max_tokens=draw.randint(1, 30),
             n=draw.choice([1, 1, 2]), ignore_eos=True,
         )  # fmt: skip
-        options = RequestOptions(tenant=draw.choice([0, 0, 1]), priority=draw.randint(0, 3))
+        levels = draw.randint(0, 3) if self.made.config.policy is Policy.PRIORITY else 0
+        options = RequestOptions(tenant=draw.choice([0, 0, 1]), priority=levels)
         parts = self.parts()
         with suppress(CapacityError, InvalidRequestError):  # too long for this pool, or pins leave too little
             self.live[self.made.add(parts, params, options, reuse=reuse)] = (parts, params, reuse)
@@ -96,6 +98,7 @@ def test_what_is_called_exact_is_full_prefill_whatever_runs_beside_it(seed: int)
         "agreement_sample_ratio": 0.5,
     }
     small = pool_of(draw.choice([20, 40]))
+    settings |= {"policy": draw.choice(list(Policy)), "max_passes": draw.choice([0, 2, 64])}
     with engine(kv_cache_bytes=small, deterministic=True, **settings) as made, engine(deterministic=True) as whole:
         crowd = Crowd(made, seed)
         for step in range(STEPS_LIMIT):

@@ -29,7 +29,7 @@ PARAMS = SamplingParams(
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    with engine() as one:
+    with engine(policy="priority") as one:
         yield one
 
 

@@ -41,6 +41,7 @@ class _CoreConfig(TypedDict):
     vocab_size: int
     enable_prefix_caching: bool
     policy: str
+    max_passes: int
     attention_cost_tokens: int
     attention_split_tokens: int
     group_cost_tokens: int

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from kvlite import _core
 from kvlite.agreement import AgreementMonitor
-from kvlite.config import EngineConfig
+from kvlite.config import EngineConfig, Policy
 from kvlite.documents import DocumentStore
 from kvlite.errors import CapacityError, EngineClosedError, EngineError, InvalidRequestError
 from kvlite.inflight import REASONS, InFlight, Tracked
 from kvlite.migration import Migration
-from kvlite.request import RequestLimits, ValidatedRequest
+from kvlite.request import PRIORITY_LIMIT, RequestLimits, ValidatedRequest
 from kvlite.reuse_types import ReuseMode, ReuseReport, SegmentHit, SegmentReport
 from kvlite.runner.plan import Plan
 from kvlite.runner.sampler import choice_seed
@@ -59,6 +59,7 @@ class Loop:
         self._twins = Twins(self._start, self._abort, self._inflight.first_logits, self._monitor)
         self.migration = Migration(parts.core, parts.runner, self._inflight, self._twins, parts.limits, parts.tokenizer)
         """How requests leave for other engines and arrive from them."""
+        self._last_level = PRIORITY_LIMIT if config.policy is Policy.PRIORITY else 0
         self._num_waiting = 0
         self._num_added = 0
         self._num_idle_steps = 0
@@ -147,7 +148,7 @@ class Loop:
                 max_tokens=request.max_tokens,
                 min_tokens=params.min_tokens,
                 stop_token_ids=sorted(request.stop_ids),
-                priority=request.options.priority,
+                priority=request.options.priority if how.is_urgent else self._last_level,
                 deadline_ms=deadline_ms,
                 tenant=tenant,
                 use_cache=how.use_cache and request.reuse.mode is not ReuseMode.OFF,

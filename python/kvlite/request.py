@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvlite.checks import check_integer, check_number
-from kvlite.config import TIMEOUT_S_MAX, EngineConfig
+from kvlite.config import TIMEOUT_S_MAX, EngineConfig, Policy
 from kvlite.documents import PUBLIC_TENANT
 from kvlite.errors import InvalidRequestError
 from kvlite.reuse import ReuseMethod, resolve
@@ -290,6 +290,10 @@ def _check_params(limits: RequestLimits, params: SamplingParams) -> None:
 
 def _check_options(limits: RequestLimits, options: RequestOptions) -> float:
     check_integer("priority", options.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
+    policy = limits.config.policy
+    if options.priority != 0 and policy is not Policy.PRIORITY:
+        given = f"{options.priority} is not allowed: must be 0, because this engine's policy is {policy.value}"
+        raise InvalidRequestError("priority", f"{given}, which knows no levels (start it with --policy priority)")
     check_integer("tenant", options.tenant, 0, TENANT_LIMIT)
     if options.reuse is not None and not isinstance(options.reuse, Reuse):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidRequestError("reuse", f"{options.reuse!r} is not allowed: must be a kvlite.Reuse")

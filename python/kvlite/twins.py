@@ -15,7 +15,7 @@ import torch
 
 from kvlite.agreement import AgreementMonitor
 from kvlite.errors import CapacityError, InvalidRequestError
-from kvlite.request import PRIORITY_LIMIT, Blending, ValidatedRequest
+from kvlite.request import Blending, ValidatedRequest
 from kvlite.reuse_types import Reuse, ReuseMode, ReuseReport, VerifyReport
 from kvlite.types import Delta, FinishReason
 
@@ -32,6 +32,8 @@ class Start:
     """Whether prefix hits are taken."""
     captured: bool = False
     """Whether the logits of its first token are wanted."""
+    is_urgent: bool = True
+    """False: behind everybody, where the policy knows levels of priority."""
     seed: int | None = None
 
 
@@ -203,12 +205,12 @@ class Twins:
         params = replace(pair.request.params, n=1, max_tokens=1, min_tokens=0, logprobs=None, prompt_logprobs=None)
         reuse = pair.request.reuse if was_exact else Reuse.PREFIX
         blending = Blending(asked.method, self._monitor.probe_ratio(asked.method, asked.ratio)) if was_exact else None
-        options = replace(pair.request.options, priority=PRIORITY_LIMIT, reuse=reuse)
+        options = replace(pair.request.options, reuse=reuse)
         twin = replace(pair.request, params=params, options=options, blending=blending)
         if len(self._hidden) >= SHADOWS_LIMIT:
             return
         try:
-            pair.hidden = self._start(twin, Start(use_cache=not was_exact, captured=True))
+            pair.hidden = self._start(twin, Start(use_cache=not was_exact, captured=True, is_urgent=False))
         except (CapacityError, InvalidRequestError):  # no room for a sample; the next one will do
             return
         pair.exact_first = was_exact

@@ -172,7 +172,7 @@ class RequestOptions:
     """Everything of a request but its tokens and sampling. Checked with the request, by `request.validate`."""
 
     priority: int = 0
-    """Lower is served earlier."""
+    """Lower is served earlier, under the policy `priority`; every other one allows 0 alone."""
     timeout_s: float | None = None
     """None: the engine's request_timeout_s."""
     tenant: int = 0

@@ -107,34 +107,36 @@ impl CoreConfig {
     }
 }
 
+/// The smallest core, for tests to start from.
+#[cfg(test)]
+pub(crate) fn small() -> CoreConfig {
+    CoreConfig {
+        num_blocks: 4,
+        block_size: 4,
+        max_num_seqs: 1,
+        max_num_batched_tokens: 4,
+        max_model_len: 8,
+        max_num_waiting: 8,
+        vocab_size: 9,
+        enable_prefix_caching: true,
+        policy: PolicyKind::Fcfs,
+        max_passes: 64,
+        attention_cost_tokens: 1,
+        attention_split_tokens: 4,
+        group_cost_tokens: 0,
+        reserve_tokens: 0,
+        segment_cache_ratio: 0.5,
+        model_digest: 0,
+        canonical_prefix: vec![],
+        max_segments: 1,
+        watermark_ratio: 1.0,
+        hash_seed: 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn small() -> CoreConfig {
-        CoreConfig {
-            num_blocks: 4,
-            block_size: 4,
-            max_num_seqs: 1,
-            max_num_batched_tokens: 4,
-            max_model_len: 8,
-            max_num_waiting: 8,
-            vocab_size: 9,
-            enable_prefix_caching: true,
-            policy: PolicyKind::Fcfs,
-            max_passes: 64,
-            attention_cost_tokens: 1,
-            attention_split_tokens: 4,
-            group_cost_tokens: 0,
-            reserve_tokens: 0,
-            segment_cache_ratio: 0.5,
-            model_digest: 0,
-            canonical_prefix: vec![],
-            max_segments: 1,
-            watermark_ratio: 1.0,
-            hash_seed: 0,
-        }
-    }
 
     #[test]
     fn settings_of_segments_out_of_range_are_named_with_their_value_and_range() {

@@ -263,33 +263,10 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::CoreConfig;
 
     #[test]
     fn handles_start_again_after_the_last_and_step_over_those_that_live() {
-        let config = CoreConfig {
-            num_blocks: 4,
-            block_size: 4,
-            max_num_seqs: 1,
-            max_num_batched_tokens: 4,
-            max_model_len: 8,
-            max_num_waiting: 8,
-            vocab_size: 9,
-            enable_prefix_caching: true,
-            policy: PolicyKind::Fcfs,
-            max_passes: 64,
-            attention_cost_tokens: 1,
-            attention_split_tokens: 256,
-            group_cost_tokens: 0,
-            reserve_tokens: 0,
-            watermark_ratio: 1.0,
-            segment_cache_ratio: 0.5,
-            model_digest: 0,
-            canonical_prefix: vec![],
-            max_segments: 4,
-            hash_seed: 0,
-        };
-        let mut core = Core::new(config).unwrap();
+        let mut core = Core::new(crate::config::small()).unwrap();
         let request = Request {
             prompt: &[1],
             n: 1,

@@ -1,4 +1,4 @@
-//! Admission: from the head of the queue, never past it; a failed attempt undoes itself.
+//! Admission: whoever the queue says comes next, nobody past it; a failed attempt undoes itself.
 //!
 //! A request comes in with blocks for all its known tokens at once, so a prefill never stalls half way for memory.
 //! Called by `Core::schedule` with what is left of the budget.
@@ -13,8 +13,15 @@ use crate::sequence::{Sequence, Status};
 impl Core {
     pub(super) fn admit(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, budget: &mut Budget) {
         self.queue.begin_step();
-        while budget.tokens() > 0 {
-            let Some(slot) = self.next_candidate() else { break };
+        if self.free_rows.is_empty() {
+            self.keep_prefix_warm();
+            return;
+        }
+        while budget.tokens() > 0 && !self.free_rows.is_empty() {
+            let Some(slot) = self.candidate() else { break };
+            let seq = self.seq(slot);
+            let (tenant, place) = (seq.tenant(), seq.place(slot));
+            self.queue.choose(tenant, place);
             if !self.try_admit(slot, true, plan, record, budget) {
                 break;
             }
@@ -42,7 +49,7 @@ impl Core {
         }
         if self.free_rows.len() < num_rows {
             self.refused = Some((slot, self.room_epoch));
-            self.keep_prefix_warm(slot);
+            self.keep_prefix_warm();
             return false;
         }
         let is_blend = self.seq(slot).blend.is_some();
@@ -128,8 +135,14 @@ impl Core {
         true
     }
 
-    /// Makes what the head of the queue will hit the last to be evicted; at most once per change of room.
-    fn keep_prefix_warm(&mut self, slot: u32) {
+    /// Makes what the next candidate will hit the last to be evicted; at most once per change of room.
+    fn keep_prefix_warm(&mut self) {
+        let (settled, epoch) = (self.queue.settled(), self.room_epoch);
+        if self.warmed.is_some_and(|(slot, at)| at == epoch && settled.is_none_or(|settled| settled == slot)) {
+            return;
+        }
+        let Some(slot) = self.candidate() else { return };
+        self.warmed = Some((slot, epoch));
         self.find_prefix(slot, true);
         if let Some(&cursor) = self.scratch_hits.last() {
             self.cache.pin(cursor);

@@ -96,10 +96,12 @@ pub struct Core {
     now_ms: i64,
     /// Sequences in Ending or Preempting: their blocks come back without further preemption.
     num_leaving: usize,
-    /// Grows when room may have appeared; a head that did not fit is not tried again before.
+    /// Grows when room may have appeared; a candidate that did not fit is not tried again before.
     room_epoch: u64,
-    /// The head that did not fit, and when.
+    /// The candidate that did not fit, and when.
     refused: Option<(u32, u64)>,
+    /// The candidate whose prefix was kept from eviction while no row was free, and when.
+    warmed: Option<(u32, u64)>,
     out_committed: Vec<[i32; 3]>,
     out_finished: Vec<[i32; 3]>,
     scratch_hits: Vec<BlockId>,
@@ -156,6 +158,7 @@ impl Core {
             num_leaving: 0,
             room_epoch: 0,
             refused: None,
+            warmed: None,
             out_committed: Vec::with_capacity(2 * num_seqs),
             out_finished: Vec::with_capacity(max_finished),
             scratch_hits: Vec::with_capacity(max_blocks),

@@ -173,19 +173,28 @@ impl Queue {
         (entry.cost, entry.looked) = (cost, looked);
     }
 
-    /// Chooses whoever comes next and keeps to it: whoever is older in that line has been passed. O(`WINDOW`).
-    pub fn choose(&mut self) -> Option<u32> {
+    /// Who comes next as far as is known now. O(`WINDOW`).
+    pub fn best(&mut self) -> Option<u32> {
         let line = self.turns.next()?;
         let urgency = |place: Place, entry: &Entry| {
             let left = u64::from(self.max_passes.saturating_sub(entry.passes));
             (left > 0, entry.cost.saturating_mul(left), place)
         };
-        let (.., place) = self.window(line).map(|(place, entry)| urgency(place, entry)).min()?;
+        let best = self.window(line).map(|(place, entry)| urgency(place, entry)).min();
+        best.map(|(.., place)| place.slot)
+    }
+
+    /// Keeps to the best one until it leaves: whoever is older in its line has been passed.
+    pub fn choose(&mut self, tenant: TenantId, place: Place) {
+        let line = self.line(tenant);
+        if !self.policy.compares() || self.chosen == Some((line, place)) {
+            return;
+        }
+        assert!(self.chosen.is_none(), "whoever was chosen stays chosen");
         for (_, older) in self.entries.range_mut((line, Place::FIRST)..(line, place)) {
             older.passes += 1;
         }
         self.chosen = Some((line, place));
-        Some(place.slot)
     }
 
     /// Checks what the header promises; panics with a sentence.
@@ -200,5 +209,173 @@ impl Queue {
             assert!(self.entries.contains_key(&chosen), "{chosen:?} was chosen and waits");
         }
         self.turns.audit(self.entries.keys().map(|&(line, place)| (line, place.rank)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PolicyKind;
+
+    /// The same order, from a list that is searched from end to end each time.
+    #[derive(Default)]
+    struct Naive {
+        /// Line, place, passes, cost, last look.
+        waiting: Vec<(u32, Place, u32, u64, u64)>,
+        /// When it is due, its number, whose it is.
+        tickets: Vec<(Rank, usize, u32)>,
+        num_tickets: usize,
+        num_looks: u64,
+        looks_left: usize,
+        chosen: Option<(u32, Place)>,
+    }
+
+    impl Naive {
+        fn insert(&mut self, line: u32, place: Place, cost: u64) {
+            self.waiting.push((line, place, 0, cost, 0));
+            self.tickets.push((place.rank, self.num_tickets, line));
+            self.num_tickets += 1;
+        }
+
+        fn leave(&mut self, line: u32, place: Place, due: Rank) {
+            self.waiting.retain(|&(_, other, ..)| other != place);
+            self.tickets.sort_unstable();
+            let at = self.tickets.iter().position(|&(rank, _, owner)| owner == line && rank >= due).expect("a ticket");
+            self.tickets.remove(at);
+            self.chosen = self.chosen.filter(|&(_, chosen)| chosen != place);
+        }
+
+        fn pick(&mut self, compares: bool, max_passes: u32, cost: impl Fn(u32) -> u64) -> Option<(u32, Place)> {
+            if self.chosen.is_some() {
+                return self.chosen;
+            }
+            self.waiting.sort_unstable();
+            let line = self.tickets.iter().min()?.2;
+            let mut window: Vec<usize> = (0..self.waiting.len()).filter(|&at| self.waiting[at].0 == line).collect();
+            window.truncate(WINDOW);
+            if !compares {
+                return window.first().map(|&at| (line, self.waiting[at].1));
+            }
+            let mut stale = window.clone();
+            stale.sort_by_key(|&at| (self.waiting[at].4, self.waiting[at].1));
+            stale.truncate(if window.len() > 1 { self.looks_left } else { 0 });
+            self.looks_left -= stale.len();
+            for at in stale {
+                self.num_looks += 1;
+                let entry = &mut self.waiting[at];
+                (entry.3, entry.4) = (cost(entry.1.slot), self.num_looks);
+            }
+            let overdue = window.iter().copied().find(|&at| self.waiting[at].2 >= max_passes);
+            let aged = |&at: &usize| self.waiting[at].3 * u64::from(max_passes.saturating_sub(self.waiting[at].2));
+            let best = overdue.or_else(|| window.iter().copied().min_by_key(aged)).expect("its line's turn");
+            let place = self.waiting[best].1;
+            self.waiting.iter_mut().filter(|entry| entry.0 == line && entry.1 < place).for_each(|entry| entry.2 += 1);
+            self.chosen = Some((line, place));
+            self.chosen
+        }
+    }
+
+    /// splitmix64.
+    fn draw(state: &mut u64, below: u64) -> u64 {
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % below
+    }
+
+    /// What a look finds; it changes with time.
+    fn found(slot: u32, time: u64) -> Waiting {
+        let known = 10 + slot * 7 % 200;
+        Waiting { known, cached: (slot + (time / 50) as u32) * 13 % known, blended: 0, recomputed: 0 }
+    }
+
+    fn config(policy: PolicyKind, max_passes: u32) -> CoreConfig {
+        CoreConfig { policy, max_passes, ..crate::config::small() }
+    }
+
+    /// Runs a queue and its twin for a while; returns how often the head was passed.
+    fn compare(policy: PolicyKind, seed: u64) -> usize {
+        let mut state = seed;
+        let max_passes = [0, 1, 3, 64][draw(&mut state, 4) as usize];
+        let mut queue = Queue::new(&config(policy, max_passes));
+        let (mut naive, mut num_passes) = (Naive::default(), 0);
+        let compares = queue.policy.compares();
+        let mut left: Vec<(u32, Place)> = Vec::new();
+        for time in 0..400u64 {
+            let (slot, tenant) = (time as u32, draw(&mut state, 3) as u32);
+            let (line, priority) = (queue.line(TenantId(tenant)), draw(&mut state, 3) as i32);
+            if draw(&mut state, 100) < 55 {
+                let rank = (queue.rank(time, priority), time);
+                let (line, place) = match left.pop().filter(|_| draw(&mut state, 4) == 0) {
+                    Some((line, place)) => (line, place), // Comes back at its old rank.
+                    None => (line, Place { rank, choice: 0, slot }),
+                };
+                let known = found(place.slot, time).known;
+                queue.insert(TenantId(line), place, known);
+                naive.insert(line, place, queue.policy.cost(&Waiting { known, ..Waiting::default() }));
+            }
+            if draw(&mut state, 100) < 5 && !naive.waiting.is_empty() {
+                let (line, place, ..) = naive.waiting[draw(&mut state, naive.waiting.len() as u64) as usize];
+                assert!(queue.remove(TenantId(line), place) && !queue.remove(TenantId(line), place));
+                naive.leave(line, place, place.rank);
+            }
+            queue.begin_step();
+            naive.looks_left = LOOKS_PER_STEP;
+            for _ in 0..draw(&mut state, 3) {
+                let slot = queue.settled().or_else(|| {
+                    let mut slots = Vec::new();
+                    queue.stalest(&mut slots);
+                    for slot in slots {
+                        let at = naive.waiting.iter().find(|entry| entry.1.slot == slot).expect("it waits");
+                        queue.saw(TenantId(at.0), at.1, &found(slot, time));
+                    }
+                    queue.best()
+                });
+                let picked = naive.pick(compares, max_passes, |slot| queue.policy.cost(&found(slot, time)));
+                assert_eq!(slot, picked.map(|(_, place)| place.slot), "{policy:?}, seed {seed}, time {time}");
+                let Some((line, place)) = picked else { break };
+                queue.choose(TenantId(line), place);
+                if draw(&mut state, 100) < 70 {
+                    num_passes += naive.waiting.iter().filter(|entry| entry.0 == line && entry.1 < place).count();
+                    queue.admit(TenantId(line), place);
+                    naive.leave(line, place, (i64::MIN, 0));
+                    left.push((line, place));
+                }
+                queue.audit();
+            }
+        }
+        num_passes
+    }
+
+    #[test]
+    fn the_queue_chooses_as_a_sorted_list_does() {
+        use PolicyKind::{CacheAware, Fcfs, HitRate, Priority};
+        for (policy, reorders) in [(Fcfs, false), (Priority, false), (HitRate, true), (CacheAware, true)] {
+            let num_passes: usize = (0..60).map(|seed| compare(policy, seed)).sum();
+            assert_eq!(num_passes > 100, reorders, "{policy:?}: {num_passes} passes");
+        }
+    }
+
+    #[test]
+    fn a_line_gets_no_turn_by_sending_in_requests_and_withdrawing_them() {
+        let mut queue = Queue::new(&config(PolicyKind::CacheAware, 64));
+        let place = |at: i64| Place { rank: (at, at as u64), choice: 0, slot: at as u32 };
+        queue.insert(TenantId(0), place(0), 50);
+        for at in 1..4 {
+            queue.insert(TenantId(0), place(at), 5);
+        }
+        queue.insert(TenantId(1), place(4), 50);
+        queue.insert(TenantId(0), place(5), 50);
+        queue.admit(TenantId(0), place(3)); // By the ticket of the oldest.
+        queue.remove(TenantId(0), place(0)); // Its own is used up: the next one goes.
+        queue.remove(TenantId(0), place(1));
+        let turns = std::iter::from_fn(|| {
+            let slot = queue.best()?;
+            let tenant = TenantId(u32::from(slot == 4));
+            queue.admit(tenant, place(slot.into()));
+            queue.audit();
+            Some(slot)
+        });
+        assert_eq!(turns.collect::<Vec<_>>(), [2, 4, 5]);
     }
 }

@@ -123,3 +123,62 @@ impl Service {
         assert!(named.all(|(at, account)| self.by_tenant[&account.tenant] == at), "accounts are found by tenant");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_gets_equal_service_whatever_each_request_costs() {
+        let mut service = Service::new(100);
+        let cost = |tenant: u32, turn: u64| 1 + (u64::from(tenant) * 31 + turn * 7) % (10 * u64::from(tenant) + 5);
+        let mut served = [0u64; 4];
+        (0..4).for_each(|tenant| service.enter(tenant));
+        for turn in 0..2_000 {
+            let tenant = service.least().expect("somebody waits");
+            let tokens = cost(tenant, turn);
+            service.charge(tenant, tokens);
+            served[tenant as usize] += tokens;
+            let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+            assert!(most - least <= 2 * 34, "{served:?}: twice the largest request apart at most");
+            service.audit(0..4);
+        }
+    }
+
+    #[test]
+    fn a_tenant_that_comes_back_starts_level_with_those_who_waited() {
+        let mut service = Service::new(100);
+        service.enter(1);
+        service.charge(1, 10);
+        service.leave(1);
+        service.enter(2);
+        for _ in 0..50 {
+            assert_eq!(service.least(), Some(2));
+            service.charge(2, 10);
+        }
+        service.enter(1);
+        let turns = (0..8).map(|_| {
+            let tenant = service.least().expect("both wait");
+            service.charge(tenant, 10);
+            tenant
+        });
+        let turns: Vec<u32> = turns.collect();
+        assert_eq!(turns.iter().filter(|&&tenant| tenant == 1).count(), 4, "{turns:?}");
+    }
+
+    #[test]
+    fn debt_is_remembered_while_it_counts_and_the_table_has_a_limit() {
+        let mut service = Service::new(8);
+        service.enter(0);
+        service.charge(7, 1_000); // Has run out of turn, and is ahead.
+        service.enter(7);
+        assert_eq!(service.least(), Some(0));
+        service.leave(7);
+        for tenant in 100..200 {
+            service.charge(tenant, 1);
+        }
+        assert!(service.accounts.len() <= 8, "{} accounts", service.accounts.len());
+        service.enter(7);
+        assert_eq!(service.least(), Some(0), "those with least debt were forgotten first");
+    }
+}

@@ -27,9 +27,9 @@ impl Core {
         self.queue.remove(seq.tenant(), seq.place(slot));
     }
 
-    /// Who is to be admitted next. Asks the cache only where the policy compares and nobody was chosen before, and then a
+    /// Who comes next. Asks the cache only where the policy compares and nobody was chosen before, and then a
     /// bounded number of times per step.
-    pub(super) fn next_candidate(&mut self) -> Option<u32> {
+    pub(super) fn candidate(&mut self) -> Option<u32> {
         if let Some(slot) = self.queue.settled() {
             return Some(slot);
         }
@@ -41,7 +41,7 @@ impl Core {
             self.queue.saw(seq.tenant(), seq.place(slot), &waiting);
         }
         self.scratch_looks = slots;
-        self.queue.choose()
+        self.queue.best()
     }
 
     /// What the cache has for a waiting sequence now. O(hits); a blend with holes or missing segments counts those as new.
