@@ -39,7 +39,11 @@ fn order(engine: &mut Engine, handles: &[i32]) -> Vec<i32> {
     let mut admitted = Vec::new();
     while engine.num_live() > 0 {
         engine.turn();
-        admitted.extend(handles.iter().filter(|&handle| engine.told[handle].admitted && !admitted.contains(handle)));
+        for &handle in handles {
+            if engine.told[&handle].admitted && !admitted.contains(&handle) {
+                admitted.push(handle);
+            }
+        }
     }
     admitted
 }
@@ -93,9 +97,7 @@ fn whoever_was_chosen_and_does_not_fit_is_passed_by_nobody_who_would() {
     for policy in COMPARING {
         let config = CoreConfig { policy, max_passes: 2, num_blocks: 24, max_num_waiting: 64, ..small_config() };
         let mut engine = Engine::new(config);
-        engine.add(hit(0)).unwrap();
-        engine.drain(100);
-        engine.add(Asked::new(&prompt(2, 8), 40)).unwrap(); // Half of the pool, for long.
+        engine.add(Asked::new(&prompt(2, 40), 20)).unwrap(); // Leaves too little for the large one, for long.
         engine.turn();
         let large = engine.add(Asked::new(&prompt(3, 57), 3)).unwrap();
         let small = |own: i32| Asked::new(&prompt(own, 3), 2);
@@ -107,7 +109,8 @@ fn whoever_was_chosen_and_does_not_fit_is_passed_by_nobody_who_would() {
             assert!(waited < 60, "{policy:?}: the large one starves");
         }
         let before = handles.iter().filter(|handle| engine.told[handle].admitted).count();
-        assert!(waited > 20 && before == 2, "{policy:?}: {before} small ones in {waited} steps, at most 2 may pass");
+        let expected = if policy == PolicyKind::HitRate { 0 } else { 2 }; // Nobody's share is better than its own.
+        assert!(waited > 15 && before == expected, "{policy:?}: {before} small ones in {waited} steps");
         engine.drain(300);
     }
 }

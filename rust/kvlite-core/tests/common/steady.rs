@@ -19,6 +19,11 @@ pub struct Steady {
 
 impl Steady {
     pub fn new(num_running: u32, num_steps: u32) -> Steady {
+        Steady::queued(num_running, num_steps, PolicyKind::Fcfs, 0)
+    }
+
+    /// The same, with `num_waiting` requests that no row is free for.
+    pub fn queued(num_running: u32, num_steps: u32, policy: PolicyKind, num_waiting: u32) -> Steady {
         let max_model_len = 96 + num_steps;
         let config = CoreConfig {
             num_blocks: num_running * max_model_len.div_ceil(BLOCK_SIZE),
@@ -26,10 +31,10 @@ impl Steady {
             max_num_seqs: num_running,
             max_num_batched_tokens: num_running.max(4096),
             max_model_len,
-            max_num_waiting: num_running,
+            max_num_waiting: num_running + num_waiting,
             vocab_size: VOCAB_SIZE,
             enable_prefix_caching: true,
-            policy: PolicyKind::Fcfs,
+            policy,
             max_passes: 64,
             attention_cost_tokens: 4096,
             attention_split_tokens: 256,
@@ -54,6 +59,10 @@ impl Steady {
         }
         while steady.num_decoding() < num_running {
             steady.step();
+        }
+        for seq in 0..num_waiting as usize {
+            let prompt: Vec<i32> = (0..64 + seq % 16).map(|at| ((seq * 31 + at * 17) % 149_999) as i32).collect();
+            steady.add(&prompt, max_model_len);
         }
         // What is left of the first blocks, and every arena and table touched once.
         for _ in 0..16 {
