@@ -154,15 +154,19 @@ def ratio(name: str, policy: float, fcfs: float) -> float:
 
 def opened(directory: Path, policy: Policy, options: argparse.Namespace, *, deterministic: bool = False) -> Engine:
     """An engine whose pool holds the warm prefixes and what runs, and little else."""
+    config, _family = load_config(directory)
+    tokens = (2 * NUM_PREFIXES + 2 * MAX_NUM_SEQS) * (options.length + 64)
     return Engine(
         str(directory), device="cpu", dtype=str(torch_dtype(options.dtype)).removeprefix("torch."),
         num_threads=options.threads, policy=policy, max_passes=options.max_passes, max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=512, max_num_waiting=max(options.num_requests, 1), deterministic=deterministic,
-        kv_cache_bytes=options.kv_cache_bytes,
+        kv_cache_bytes=tokens * kv_bytes_per_token(config, torch_dtype(options.dtype)),
     )  # fmt: skip
 
 
-def gate(directory: Path, prefixes: Sequence[Sequence[int]], requests: Sequence[Request], options: Any) -> int:
+def gate(
+    directory: Path, prefixes: Sequence[Sequence[int]], requests: Sequence[Request], options: argparse.Namespace
+) -> int:
     """The same tokens under every policy; returns how many requests were compared."""
     answers: list[list[tuple[int, ...]]] = []
     for policy in POLICIES:
@@ -233,9 +237,6 @@ def main(arguments: list[str]) -> int:
     prefixes, requests = mix(options.num_requests, options.length, config.vocab_size, options.seed)
     head = min(GATE_JOBS, len(requests))
     figures: dict[str, Any] = origin() | {"model": directory.name, "load": options.load}
-    per_token = kv_bytes_per_token(config, torch_dtype(options.dtype))
-    tokens = (2 * NUM_PREFIXES + 2 * MAX_NUM_SEQS) * (options.length + 64)
-    options.kv_cache_bytes = tokens * per_token
     figures["gate_requests"] = gate(directory, prefixes, requests[:head], options)
     print(f"check: {head} requests get the same tokens under {', '.join(POLICIES)}", flush=True)
     engines = {policy: opened(directory, policy, options) for policy in POLICIES}

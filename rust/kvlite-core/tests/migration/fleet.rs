@@ -64,6 +64,7 @@ impl Fleet {
             model_digest: config.model_digest,
             canonical_prefix: config.canonical_prefix.clone(),
             max_segments: config.max_segments,
+            policy: config.policy, // Levels of priority, or none.
             num_blocks: other.num_blocks + 8,
             max_num_seqs: other.max_num_seqs + 2,
             max_num_batched_tokens: other.max_num_batched_tokens + 2,
