@@ -5,6 +5,7 @@
 //! (arXiv 2412.03594). Called by `core::schedule` and `core::admit`. Beside it: `migrate`, the protocol that moves requests
 //! between engines, its `frames`, and `cost`; `groups`, who shares a prefix; `policy`, who comes first.
 
+pub mod batching;
 pub mod cost;
 pub mod frames;
 pub mod groups;
