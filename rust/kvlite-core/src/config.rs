@@ -19,6 +19,8 @@ pub enum PolicyKind {
     CacheAware,
     /// Least served tenant first.
     Fair,
+    /// Who begins alike together, much output for little prompt first.
+    PrefixGrouped,
 }
 
 /// Limits of one core. Public limits keep the spelling that vLLM's users know.

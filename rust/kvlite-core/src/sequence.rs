@@ -8,6 +8,7 @@
 use crate::blend::Blend;
 use crate::cache::SegmentId;
 use crate::ids::{BlockId, Label, TenantId, Token};
+use crate::sched::batching::{Home, NO_HOME};
 
 /// The policy's number, then the arrival, which makes it unique; smaller is sooner.
 pub(crate) type Rank = (i64, u64);
@@ -142,6 +143,8 @@ pub(crate) struct Sequence {
     pub preemptions: u32,
     /// Steps it was held back for a neighbour that computes the same prefix; bounded by `HOLD_LIMIT_STEPS`.
     pub held_steps: u32,
+    /// The group of prompts that it was arranged with last; see `sched::batching`.
+    pub home: Home,
     /// Whether it came from elsewhere and no plan has announced its row yet.
     pub arrived: bool,
     /// What it reuses from segments, if it asked for that.
@@ -181,6 +184,7 @@ impl Sequence {
             logprobs_len: 0,
             preemptions: 0,
             held_steps: 0,
+            home: NO_HOME,
             arrived: false,
             blend: None,
             makes: None,

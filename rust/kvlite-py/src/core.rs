@@ -229,6 +229,14 @@ impl Core {
         report.map(|report| report_dict(py, &report)).transpose()
     }
 
+    /// While on, all that waits is one workload known as a whole: it is admitted group by group, whatever the policy.
+    fn set_workload(&self, is_workload: bool) -> PyResult<()> {
+        self.brief(|state| {
+            state.core.set_workload(is_workload);
+            Ok(())
+        })
+    }
+
     /// Ends every choice of a request at the next step; False when it has ended already.
     fn abort(&self, handle: i32) -> PyResult<bool> {
         self.brief(|state| Ok(state.core.abort(handle)))
@@ -348,8 +356,9 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
             "hit-rate" => PolicyKind::HitRate,
             "cache-aware" => PolicyKind::CacheAware,
             "fair" => PolicyKind::Fair,
+            "prefix-grouped" => PolicyKind::PrefixGrouped,
             other => {
-                let allowed = "fcfs, priority, hit-rate, cache-aware, fair";
+                let allowed = "fcfs, priority, hit-rate, cache-aware, fair, prefix-grouped";
                 return Err(invalid("policy", format!("policy is {other:?}, allowed are {allowed}")));
             }
         },

@@ -7,28 +7,43 @@ use super::{Core, Hold, PlanRecord};
 use crate::cache::{PartialHit, SegmentId};
 use crate::ids::{BlockId, Lookup};
 use crate::plan::{Cause, PlanWriter, Region};
-use crate::sched::{Budget, Demand, HOLD_LIMIT_STEPS, everyone_can_finish, reserve_of};
+use crate::sched::{Budget, Demand, everyone_can_finish, reserve_of};
 use crate::sequence::{Sequence, Status};
+
+/// What became of an attempt to admit.
+enum Attempt {
+    /// Admitted, or out of the queue, or changed so that it may be tried again.
+    Done,
+    /// A neighbour computes `shared` blocks for it.
+    Held { num_rows: usize, shared: u64 },
+    /// It stays at the head.
+    Refused,
+}
 
 impl Core {
     pub(super) fn admit(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, budget: &mut Budget) {
         self.queue.begin_step();
+        self.begin_arranged();
         if self.free_rows.is_empty() {
             self.keep_prefix_warm();
             return;
         }
         while budget.tokens() > 0 && !self.free_rows.is_empty() {
             let Some(slot) = self.candidate() else { break };
-            let seq = self.seq(slot);
-            let (tenant, place) = (seq.tenant(), seq.place(slot));
-            self.queue.choose(tenant, place);
-            if !self.try_admit(slot, true, plan, record, budget) {
-                break;
+            if !self.arranged.is_on() {
+                let seq = self.seq(slot);
+                let (tenant, place) = (seq.tenant(), seq.place(slot));
+                self.queue.choose(tenant, place);
+            }
+            match self.try_admit(slot, true, plan, record, budget) {
+                Attempt::Done => {}
+                Attempt::Held { num_rows, shared } if self.pass_over(slot, num_rows, shared) => {}
+                Attempt::Held { .. } | Attempt::Refused => break,
             }
         }
     }
 
-    /// False: it stays at the head. `may_copy`: a partial hit is worth its block.
+    /// `may_copy`: a partial hit is worth its block.
     fn try_admit(
         &mut self,
         slot: u32,
@@ -36,36 +51,39 @@ impl Core {
         plan: &mut PlanWriter<'_>,
         record: &mut PlanRecord,
         budget: &mut Budget,
-    ) -> bool {
+    ) -> Attempt {
         let makes = self.seq(slot).makes;
         let state = self.request(self.seq(slot).request);
         let num_rows = if state.announced || self.seq(slot).repairs() { 1 } else { state.num_choices as usize };
         let is_alone = self.is_alone();
+        let held = self.arranged.held();
         if self.refused == Some((slot, self.room_epoch)) && !is_alone {
-            return false;
+            return Attempt::Refused;
         }
         if plan.room(Region::Admitted) < num_rows {
-            return false;
+            return Attempt::Refused;
         }
-        if self.free_rows.len() < num_rows {
-            self.refused = Some((slot, self.room_epoch));
-            self.keep_prefix_warm();
-            return false;
+        if self.free_rows.len() < num_rows + held.rows {
+            if held.rows == 0 {
+                self.refused = Some((slot, self.room_epoch));
+                self.keep_prefix_warm();
+            }
+            return Attempt::Refused;
         }
         let is_blend = self.seq(slot).blend.is_some();
         let found =
             if is_blend { self.prepare(slot, may_copy) } else { Some((self.find_prefix(slot, may_copy), None)) };
-        let Some((partial, recipe)) = found else { return true };
-        if self.waits_for_neighbour(slot) {
+        let Some((partial, recipe)) = found else { return Attempt::Done };
+        if let Some(shared) = self.waits_for_neighbour(slot) {
             self.seq_mut(slot).held_steps += 1;
-            return false;
+            return Attempt::Held { num_rows, shared };
         }
         let known = self.seq(slot).tokens.len() as u32;
         let num_hits = self.scratch_hits.len() as u32;
         let cached = num_hits * self.config.block_size + partial.map_or(0, |hit| hit.len);
         let is_paid = budget.chunk_len(cached, known - cached, budget.is_untouched()) > 0;
         if !is_paid || (is_blend && !self.may_begin_blend(slot, plan, *budget)) {
-            return false;
+            return Attempt::Refused;
         }
         let cursor = self.scratch_hits.last().copied();
         for block in cursor.into_iter().chain(partial.map(|hit| hit.block)) {
@@ -87,7 +105,7 @@ impl Core {
             for block in partial.map(|hit| hit.block).into_iter().chain(cursor) {
                 self.cache.unpin(block);
             }
-            self.refused = Some((slot, self.room_epoch));
+            self.refused = Some((slot, self.room_epoch)).filter(|_| held.num_seqs == 0);
         }
         self.scratch_blocks = fresh;
         if !fits && is_alone && partial.is_some() {
@@ -95,7 +113,7 @@ impl Core {
             // reaches, so it is surveyed anew.
             return self.try_admit(slot, false, plan, record, budget);
         }
-        fits || (is_alone && self.ask_for_less(slot))
+        if fits || (is_alone && self.ask_for_less(slot)) { Attempt::Done } else { Attempt::Refused }
     }
 
     /// Whether the whole pool is there for whoever comes next.
@@ -164,26 +182,28 @@ impl Core {
         self.cache.match_prefix(lookup, tokens, max_blocks, &mut self.scratch_hits).filter(|_| may_copy)
     }
 
-    /// Whether a running neighbour computes blocks that this sequence also begins with: then a step of patience saves
-    /// computing them twice. Bounded by `HOLD_LIMIT_STEPS`.
-    fn waits_for_neighbour(&self, slot: u32) -> bool {
+    /// Blocks that this sequence also begins with and a running neighbour computes, if there are more of them than hits: then
+    /// a step of patience saves computing them twice. Bounded by `Arranged::hold_limit`.
+    fn waits_for_neighbour(&self, slot: u32) -> Option<u64> {
         let seq = self.seq(slot);
         if !self.config.enable_prefix_caching
-            || seq.held_steps >= HOLD_LIMIT_STEPS
+            || seq.held_steps >= self.arranged.hold_limit()
             || !self.request(seq.request).use_cache
         {
-            return false;
+            return None;
         }
         let own = &seq.tokens[..seq.tokens.len() - 1];
         let block_size = self.config.block_size as usize;
-        self.running.iter().map(|&slot| self.seq(slot)).any(|other| {
-            let is_computing = other.status() == Status::Running && other.in_prefill();
-            is_computing && other.makes.is_none() && other.label == seq.label && {
-                let theirs = &other.tokens[..(other.prefill_until as usize).min(other.exact_len())];
-                let common = own.iter().zip(theirs).take_while(|(a, b)| a == b).count();
-                common / block_size > self.scratch_hits.len()
-            }
-        })
+        let shared = |other: &Sequence| {
+            let theirs = &other.tokens[..(other.prefill_until as usize).min(other.exact_len())];
+            own.iter().zip(theirs).take_while(|(a, b)| a == b).count() / block_size
+        };
+        let is_computing = |other: &&Sequence| {
+            let is_prefill = other.status() == Status::Running && other.in_prefill();
+            is_prefill && other.makes.is_none() && other.label == seq.label
+        };
+        let neighbours = self.running.iter().map(|&slot| self.seq(slot)).filter(is_computing);
+        neighbours.map(shared).find(|&blocks| blocks > self.scratch_hits.len()).map(|blocks| blocks as u64)
     }
 
     /// Memory-centric admission: what everybody needs soon (known tokens and the reserve; shared prefixes once, because
@@ -199,7 +219,8 @@ impl Core {
         let now = own + self.made_blocks(seq);
         let (end, shared) = (blocks(seq.end_len - 1), u64::from(seq.prompt_len / block_size));
         let soon = self.soon(seq);
-        promised += soon - hits + self.made_blocks(seq) + (num_rows as u64 - 1) * (soon - shared);
+        promised +=
+            self.arranged.held().blocks + soon - hits + self.made_blocks(seq) + (num_rows as u64 - 1) * (soon - shared);
         demands.push(Demand { remaining: end - hits - own, held: now });
         demands.extend((1..num_rows).map(|_| Demand { remaining: end - shared, held: 0 }));
 
@@ -209,7 +230,7 @@ impl Core {
     }
 
     /// Blocks that a sequence needs for its known tokens and the reserve.
-    fn soon(&self, seq: &Sequence) -> u64 {
+    pub(super) fn soon(&self, seq: &Sequence) -> u64 {
         let block_size = self.config.block_size;
         let reserve = reserve_of(seq.preemptions, self.config.reserve_tokens, block_size);
         seq.total_len().saturating_add(reserve).min(seq.end_len - 1).div_ceil(block_size).into()
@@ -266,6 +287,8 @@ impl Core {
         let row = self.free_rows.pop().expect("rows were counted before");
         let seq = &mut self.seqs[slot as usize];
         self.queue.admit(seq.tenant(), seq.place(slot));
+        self.arrange_departure(slot);
+        let seq = &mut self.seqs[slot as usize];
         seq.become_(Status::Running);
         seq.row = row;
         seq.blocks.reserve_exact(seq.end_len.div_ceil(block_size) as usize);

@@ -77,6 +77,7 @@ impl Core {
         if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, request));
         }
+        self.arrange_end(slot, reason);
         if handle != NO_HANDLE {
             self.out_finished.push([handle, choice, reason as i32]);
             self.stats.finished_total[reason as usize] += u64::from(ended);

@@ -6,6 +6,7 @@
 
 mod add;
 mod admit;
+mod arrange;
 mod audit;
 mod blending;
 mod commit;
@@ -41,6 +42,7 @@ use crate::ids::BlockId;
 use crate::plan::{Header, Layout, PlanWriter, Region};
 use crate::sched::Demand;
 use crate::sequence::Sequence;
+use arrange::Arranged;
 use grouping::Grouping;
 use import::Arrival;
 use makers::Maker;
@@ -68,6 +70,7 @@ pub struct Core {
     seqs: Vec<Sequence>,
     free_slots: Vec<u32>,
     queue: Queue,
+    arranged: Arranged,
     /// Sequences that wait for segments, outside the queue.
     num_outside: usize,
     /// Sequences that waited when they were frozen.
@@ -140,6 +143,7 @@ impl Core {
             seqs: Vec::new(),
             free_slots: Vec::new(),
             queue: Queue::new(&config),
+            arranged: Arranged::new(&config),
             num_outside: 0,
             num_shelved: 0,
             makers: FxHashMap::default(),

@@ -51,6 +51,7 @@ struct Entry {
 pub(super) struct Queue {
     policy: Box<dyn Policy>,
     max_passes: u32,
+    counts_passes: bool,
     /// By line, then in order of rank.
     entries: BTreeMap<(u32, Place), Entry>,
     turns: Turns,
@@ -67,6 +68,7 @@ impl Queue {
         let policy = policy(config.policy);
         Queue {
             max_passes: config.max_passes,
+            counts_passes: true,
             entries: BTreeMap::new(),
             turns: Turns::new(policy.turn(), (config.max_num_waiting + config.max_num_seqs) as usize),
             chosen: None,
@@ -127,6 +129,17 @@ impl Queue {
         self.entries.remove(&(line, place)).expect("who is admitted has waited");
         self.turns.take(line);
         self.chosen = None;
+    }
+
+    /// Whether admissions from now on count as passes of those who are older.
+    pub fn count_passes(&mut self, counts_passes: bool) {
+        self.counts_passes = counts_passes;
+    }
+
+    /// The oldest sequence of all, if it may not be passed any more. It was passed most, so nobody else is overdue before.
+    pub fn overdue(&self) -> Option<u32> {
+        let (&(_, place), entry) = self.entries.first_key_value()?;
+        (self.counts_passes && entry.passes >= self.max_passes).then_some(place.slot)
     }
 
     /// `tokens` of service for a tenant, weighed as `fair` weighs them. O(1).

@@ -19,17 +19,22 @@ impl Core {
     pub(super) fn join_queue(&mut self, slot: u32) {
         let seq = &self.seqs[slot as usize];
         self.queue.insert(seq.tenant(), seq.place(slot), seq.tokens.len() as u32);
+        self.arrange_arrival(slot);
     }
 
     /// Without having been admitted; nothing happens if it is outside the queue.
     pub(super) fn leave_queue(&mut self, slot: u32) {
         let seq = &self.seqs[slot as usize];
         self.queue.remove(seq.tenant(), seq.place(slot));
+        self.arrange_departure(slot);
     }
 
     /// Who comes next. Asks the cache only where the policy compares and nobody was chosen before, and then a
     /// bounded number of times per step.
     pub(super) fn candidate(&mut self) -> Option<u32> {
+        if self.arranged.is_on() {
+            return self.next_arranged();
+        }
         if let Some(slot) = self.queue.settled() {
             return Some(slot);
         }

@@ -15,6 +15,9 @@ pub mod policy;
 /// Steps that a request may be held back while a running neighbour computes blocks that both begin with.
 pub const HOLD_LIMIT_STEPS: u32 = 8;
 
+/// The same, where others go on meanwhile and nobody waits for a token.
+pub const WORKLOAD_HOLD_LIMIT_STEPS: u32 = 64;
+
 /// `Pass::share` of rows that run through all layers.
 pub const FULL_SHARE: u64 = 1 << 16;
 

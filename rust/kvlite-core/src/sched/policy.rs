@@ -163,6 +163,15 @@ impl Policy for Fair {
     }
 }
 
+/// Who begins alike comes together, groups with much output for little prompt first (BatchLLM, arXiv 2412.03594).
+///
+/// Objective: throughput: every shared prefix is computed and stored once, read once per step, and gone when its group is
+/// done; later prefill finds decodes beside it. The order is `sched::batching`'s, kept by `core::arrange`; a rank only says
+/// who is older. Waiting bound: `max_passes` later requests, whoever they belong to.
+pub struct PrefixGrouped;
+
+impl Policy for PrefixGrouped {}
+
 /// The policy that a configuration names.
 pub fn policy(kind: PolicyKind) -> Box<dyn Policy> {
     match kind {
@@ -171,6 +180,7 @@ pub fn policy(kind: PolicyKind) -> Box<dyn Policy> {
         PolicyKind::HitRate => Box::new(HitRate),
         PolicyKind::CacheAware => Box::new(CacheAware),
         PolicyKind::Fair => Box::new(Fair),
+        PolicyKind::PrefixGrouped => Box::new(PrefixGrouped),
     }
 }
 

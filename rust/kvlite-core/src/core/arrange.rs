@@ -1,0 +1,211 @@
+//! `Arranged`: who waits, in the order of `sched::batching`: for the policy `prefix-grouped`, and while a whole workload is at
+//! hand, whatever the policy.
+//!
+//! Owns that order, which is made anew when an eighth of it has changed, so an arrival costs a bounded number of times its
+//! share of a sort; until then whoever comes stands behind it. Who was preempted, and makers of segments, go before it. Who
+//! waits for a neighbour to compute a prefix is passed by others for the step, but keeps the row and the blocks that it is
+//! going to need. Waiting bound: `max_passes`, as in every line; none while the whole workload is at hand, which ends. Called
+//! by `admit.rs`, and by whatever moves sequences through `waiting.rs`.
+
+use std::collections::BTreeSet;
+
+use super::Core;
+use super::queue::Place;
+use crate::config::{CoreConfig, PolicyKind};
+use crate::sched::batching::Batching;
+use crate::sched::{HOLD_LIMIT_STEPS, WORKLOAD_HOLD_LIMIT_STEPS};
+use crate::sequence::{FinishReason, Status};
+
+/// Held sequences that others may pass in one step: what bounds the looks at the cache.
+const MAX_HELD: u32 = 256;
+/// The order is made anew when so many of it and one more than nothing have changed, as a divisor.
+const CHANGED_SHARE: usize = 8;
+
+/// See the module's header.
+#[derive(Debug)]
+pub(super) struct Arranged {
+    batching: Batching,
+    is_policy: bool,
+    /// The whole workload is in the queue, and nobody else's.
+    is_workload: bool,
+    /// (slot, serial): the first ones may have left.
+    order: Vec<(u32, u64)>,
+    /// Everybody before it has left.
+    head: usize,
+    /// Who is asked next in this step.
+    cursor: usize,
+    /// Arrivals and ends since the order was made.
+    num_changes: usize,
+    /// Go before the order: they have begun, or somebody waits for them.
+    urgent: BTreeSet<Place>,
+    held: Held,
+    scratch: Vec<u32>,
+}
+
+/// What those who were passed in this step are going to need.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Held {
+    pub num_seqs: u32,
+    pub rows: usize,
+    pub blocks: u64,
+}
+
+impl Arranged {
+    pub fn new(config: &CoreConfig) -> Arranged {
+        Arranged {
+            batching: Batching::new(config.block_size),
+            is_policy: config.policy == PolicyKind::PrefixGrouped,
+            is_workload: false,
+            order: Vec::new(),
+            head: 0,
+            cursor: 0,
+            num_changes: 0,
+            urgent: BTreeSet::new(),
+            held: Held::default(),
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Whether it decides who is next.
+    pub fn is_on(&self) -> bool {
+        self.is_policy || self.is_workload
+    }
+
+    /// What is kept for those who were passed.
+    pub fn held(&self) -> Held {
+        self.held
+    }
+
+    /// Steps for which somebody may be held back for a neighbour. The neighbour's prefill goes on in each of them.
+    pub fn hold_limit(&self) -> u32 {
+        if self.is_on() { WORKLOAD_HOLD_LIMIT_STEPS } else { HOLD_LIMIT_STEPS }
+    }
+}
+
+impl Core {
+    /// On: all that waits is one workload, known as a whole, for whose parts nobody waits; it is admitted group by group
+    /// until this is switched off. What else waits takes part. O(waiting).
+    pub fn set_workload(&mut self, is_workload: bool) {
+        self.arranged.is_workload = is_workload;
+        self.queue.count_passes(!is_workload);
+        self.arranged.order.clear();
+        (self.arranged.head, self.arranged.num_changes) = (0, self.queue.len());
+        self.arranged.urgent.clear();
+        self.refused = None;
+        if self.arranged.is_on() {
+            let mut slots = std::mem::take(&mut self.arranged.scratch);
+            slots.extend(self.queue.slots());
+            slots.drain(..).for_each(|slot| self.arrange_arrival(slot));
+            self.arranged.scratch = slots;
+        }
+    }
+
+    /// Somebody joins the queue.
+    pub(super) fn arrange_arrival(&mut self, slot: u32) {
+        if !self.arranged.is_on() {
+            return;
+        }
+        let seq = &self.seqs[slot as usize];
+        let has_begun = seq.makes.is_some() || seq.choice > 0 || seq.output_len() > 0 || seq.preemptions > 0;
+        if has_begun {
+            self.arranged.urgent.insert(seq.place(slot));
+        } else {
+            self.arranged.num_changes += 1;
+        }
+    }
+
+    /// Somebody leaves the queue.
+    pub(super) fn arrange_departure(&mut self, slot: u32) {
+        if !self.arranged.urgent.is_empty() {
+            self.arranged.urgent.remove(&self.seqs[slot as usize].place(slot));
+        }
+    }
+
+    /// A choice ended: what its group is known for.
+    pub(super) fn arrange_end(&mut self, slot: u32, reason: FinishReason) {
+        let seq = &self.seqs[slot as usize];
+        if self.arranged.is_on() && matches!(reason, FinishReason::Stop | FinishReason::Length) && seq.makes.is_none() {
+            self.arranged.batching.ended(seq.home, seq.output_len() as u32);
+            self.arranged.num_changes += 1;
+        }
+    }
+
+    /// A step begins: everybody may be asked again, in a new order if enough has changed.
+    pub(super) fn begin_arranged(&mut self) {
+        let arranged = &mut self.arranged;
+        if !arranged.is_on() {
+            return;
+        }
+        arranged.held = Held::default();
+        let left = arranged.order.len() - arranged.head;
+        if arranged.num_changes > 0 && arranged.num_changes * CHANGED_SHARE >= left {
+            self.arrange();
+        }
+        self.arranged.cursor = self.arranged.head;
+    }
+
+    /// Makes the order of everybody who waits and has not begun.
+    fn arrange(&mut self) {
+        let arranged = &mut self.arranged;
+        let mut slots = std::mem::take(&mut arranged.scratch);
+        let is_urgent = |slot: u32| arranged.urgent.contains(&self.seqs[slot as usize].place(slot));
+        slots.extend(self.queue.slots().filter(|&slot| !is_urgent(slot)));
+        slots.sort_unstable_by_key(|&slot| self.seqs[slot as usize].order());
+        arranged.batching.clear();
+        for &slot in &slots {
+            let seq = &self.seqs[slot as usize];
+            let num_choices = self.requests[seq.request as usize].as_ref().map_or(1, |state| state.num_choices);
+            let output = (seq.end_len - seq.prompt_len).saturating_mul(num_choices);
+            arranged.batching.add(seq.label, &seq.tokens[..seq.prompt_len as usize], output);
+        }
+        for &slot in &self.running {
+            let seq = &self.seqs[slot as usize];
+            arranged.batching.add(seq.label, &seq.tokens[..seq.prompt_len as usize], 0);
+        }
+        arranged.order.clear();
+        let serial = |slot: u32| self.seqs[slot as usize].rank.1;
+        let order = arranged.batching.arrange(self.running.len()).iter();
+        arranged.order.extend(order.map(|&at| (slots[at as usize], serial(slots[at as usize]))));
+        for (&slot, &home) in slots.iter().zip(arranged.batching.homes()) {
+            self.seqs[slot as usize].home = home;
+        }
+        slots.clear();
+        arranged.scratch = slots;
+        (arranged.head, arranged.num_changes) = (0, 0);
+    }
+
+    /// Who is to be admitted next: who was passed too often, who has begun, then the order.
+    pub(super) fn next_arranged(&mut self) -> Option<u32> {
+        let first = self.queue.overdue().or_else(|| self.arranged.urgent.first().map(|place| place.slot));
+        if first.is_some() {
+            return first;
+        }
+        loop {
+            let &(slot, serial) = self.arranged.order.get(self.arranged.cursor)?;
+            let seq = &self.seqs[slot as usize];
+            if seq.status() == Status::Waiting && seq.rank.1 == serial {
+                return Some(slot);
+            }
+            self.arranged.head += usize::from(self.arranged.head == self.arranged.cursor);
+            self.arranged.cursor += 1;
+        }
+    }
+
+    /// Whether others may pass `slot`, which waits for a neighbour that computes `shared` blocks for it. Its row and its own
+    /// blocks are kept for it.
+    pub(super) fn pass_over(&mut self, slot: u32, num_rows: usize, shared: u64) -> bool {
+        let seq = &self.seqs[slot as usize];
+        let at = self.arranged.order.get(self.arranged.cursor);
+        let is_in_order = self.arranged.is_on() && at == Some(&(slot, seq.rank.1));
+        if !is_in_order || self.arranged.held.num_seqs >= MAX_HELD {
+            return false;
+        }
+        let blocks = (num_rows as u64) * self.soon(seq).saturating_sub(shared);
+        let held = &mut self.arranged.held;
+        held.num_seqs += 1;
+        held.rows += num_rows;
+        held.blocks += blocks;
+        self.arranged.cursor += 1;
+        true
+    }
+}
