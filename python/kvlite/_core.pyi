@@ -161,6 +161,9 @@ class Core:
         Complete from the step that reports `admitted` with cause new.
         """
 
+    def set_workload(self, is_workload: bool) -> None:
+        """While on, all that waits is one workload known as a whole: admitted group by group, whatever the policy."""
+
     def abort(self, handle: int) -> bool:
         """Ends every choice of a request at the next step; False when it has ended already."""
 

@@ -91,11 +91,11 @@ OFFLINE = (Scope.ENGINE, Scope.API)
 
 
 def _with_settings(
-    scopes: Sequence[Scope], *, more: Sequence[inspect.Parameter] = ()
+    scopes: Sequence[Scope], *, more: Sequence[inspect.Parameter] = (), batch: bool = False
 ) -> Callable[..., Callable[..., None]]:
     """Gives a command `more`, MODEL, a flag per setting of `scopes`, and --print-config.
 
-    The command gets the finished EngineConfig, and the values of `more` by name.
+    `batch`: defaults as `EngineConfig.from_env` has them. The command gets the finished EngineConfig, and the values of `more` by name.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -104,7 +104,8 @@ def _with_settings(
         for item in fields(EngineConfig):
             setting = setting_of(item)
             if item.name != "model" and setting.scope in scopes:
-                parameters.append(_flag(item.name, setting, item.default))
+                own = setting.batch if batch else None
+                parameters.append(_flag(item.name, setting, item.default if own is None else own))
         show = Annotated[bool, typer.Option("--print-config", help="Print the settings in force and exit.")]
         parameters.append(
             inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=show)
@@ -113,7 +114,7 @@ def _with_settings(
         def run(*, print_config: bool, **values: Any) -> None:
             own = {parameter.name: values.pop(parameter.name) for parameter in more}
             with _one_line_errors():
-                config = EngineConfig.from_env(**values)
+                config = EngineConfig.from_env(batch=batch, **values)
                 if print_config:
                     typer.echo(config.describe())
                 else:
@@ -228,7 +229,7 @@ _BATCH = (
 
 
 @app.command(name="batch")
-@_with_settings(OFFLINE, more=_BATCH)
+@_with_settings(OFFLINE, more=_BATCH, batch=True)
 def batch_command(config: EngineConfig, requests: Path, answers: Path) -> None:
     """Answer a file of requests in OpenAI's batch format on MODEL, without a server.
 

@@ -49,6 +49,7 @@ class Policy(StrEnum):
     HIT_RATE = "hit-rate"
     CACHE_AWARE = "cache-aware"
     FAIR = "fair"
+    PREFIX_GROUPED = "prefix-grouped"
 
 
 class DefaultReuse(StrEnum):
@@ -88,6 +89,8 @@ class Setting:
     secret: bool = False
     """Never printed."""
     scope: Scope = Scope.ENGINE
+    batch: Any = None
+    """Default of engines that answer a file, if it is another: memory should bind there, not this."""
 
     @property
     def range_text(self) -> str:
@@ -124,19 +127,19 @@ class EngineConfig:
         None, int, "memory for the KV cache (accepts 512MiB, 2GiB)", low=1, high=1 << 46, unit="bytes",
         auto="a quarter of the free memory, at most 2 GiB on a CPU; 60 % of it on a GPU",
     )  # fmt: skip
-    max_num_seqs: int = _setting(64, int, "sequences that run at once", low=1, high=1 << 16, core=True)
+    max_num_seqs: int = _setting(64, int, "sequences that run at once", low=1, high=1 << 16, core=True, batch=256)
     max_num_batched_tokens: int = _setting(
-        1024, int, "tokens computed per step", low=1, high=1 << 20, unit="tokens", core=True
+        1024, int, "tokens computed per step", low=1, high=1 << 20, unit="tokens", core=True, batch=2048
     )
-    max_num_waiting: int = _setting(1024, int, "requests that may wait", low=1, high=1 << 20, core=True)
+    max_num_waiting: int = _setting(1024, int, "requests that may wait", low=1, high=1 << 20, core=True, batch=1 << 17)
     enable_prefix_caching: bool = _setting(True, bool, "keep finished KV for later prompts", core=True)
     prefix_grouping: bool = _setting(True, bool, "read a prefix that running requests share once per step (CPU)")
     policy: Policy = _setting(  # noqa: RUF009
         Policy.FCFS, Policy, "order of admission: arrival, level of priority, largest cached share first, least work"
-        " first, least served tenant first", core=True,
+        " first, least served tenant first, prompts that begin alike together", core=True,
     )  # fmt: skip
     max_passes: int = _setting(
-        64, int, "later requests of its tenant that hit-rate, cache-aware and fair let pass one that waits",
+        64, int, "later requests that hit-rate, cache-aware, fair (of its tenant) and prefix-grouped let pass one that waits",
         low=0, high=1 << 20, core=True,
     )  # fmt: skip
     reuse: DefaultReuse = _setting(DefaultReuse.PREFIX, DefaultReuse, "cached KV that a request takes unless it says")  # noqa: RUF009
@@ -217,11 +220,19 @@ class EngineConfig:
             )
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> EngineConfig:
-        """Settings from KVLITE_<FIELD> variables; an override that is not None wins. Unknown names are errors."""
+    def from_env(
+        cls, environ: Mapping[str, str] | None = None, *, batch: bool = False, **overrides: Any
+    ) -> EngineConfig:
+        """Settings from KVLITE_<FIELD> variables; an override that is not None wins. Unknown names are errors.
+
+        `batch`: what neither says has the default of engines that answer a whole file.
+        """
         environ = os.environ if environ is None else environ
         known = {item.name for item in fields(cls)}
         values: dict[str, Any] = {}
+        if batch:
+            own = {item.name: setting_of(item).batch for item in fields(cls)}
+            values = {name: default for name, default in own.items() if default is not None}
         for name in known:
             text = environ.get(env_name(name))
             if text is not None:
@@ -273,6 +284,8 @@ def docs_rows() -> list[tuple[str, str, str, str, str]]:
     for item in fields(EngineConfig):
         setting = setting_of(item)
         default = f"auto: {setting.auto}" if item.default is None else str(item.default)
+        if setting.batch is not None:
+            default += f"; batch: {setting.batch}"
         rows.append((flag_name(item.name), env_name(item.name), default, setting.range_text, setting.help))
     return rows
 

@@ -6,8 +6,7 @@ streams, documents computed ahead. One thread at a time; the server reaches it t
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,9 @@ from weakref import WeakValueDictionary
 from kvlite.config import TIMEOUT_S_MAX, EngineConfig
 from kvlite.documents import DocumentState, StoredDocument
 from kvlite.engine_stream import EngineStream, Home
-from kvlite.errors import CapacityError, InvalidRequestError
+from kvlite.errors import InvalidRequestError
 from kvlite.interrupts import uninterrupted
 from kvlite.library import Library, check_made
-from kvlite.loop import Loop
 from kvlite.migration import How, MigrationReport, hand_over
 from kvlite.output import Collector, Throughput
 from kvlite.progress import Bar
@@ -30,9 +28,10 @@ from kvlite.reuse_types import Document, EncodedPrompt, PrecomputeReport, Reuse,
 from kvlite.startup import build
 from kvlite.tokenizer import Message
 from kvlite.types import Delta, FinishReason, RequestOptions, RequestOutput, SamplingParams
+from kvlite.workload import Workloads, feeding_order
 
 
-class Engine(Loop):
+class Engine(Workloads):
     """A model with its cache. `model` is a directory (default: the small one that ships) or a whole EngineConfig.
 
     `overrides` are fields of EngineConfig; KVLITE_ variables are read too. Raises ConfigError or ModelLoadError.
@@ -49,15 +48,9 @@ class Engine(Loop):
         with Bar("loading", unit="B", wanted=progress) as bar:
             super().__init__(config, build(config, bar.update))
         self.library = Library(self._core, self.documents, self.tokenizer, self.limits)
-        self._boxes: dict[int, deque[Delta]] = {}
-        """Where deltas of requests go that `stream` or `generate` reads; the others come out of `step`."""
         self._streams: WeakValueDictionary[int, EngineStream] = WeakValueDictionary()
         """Who reads a box of its own; one that is dropped must end."""
         self._home = Home(self._open, self._advance, self._forget)
-        self._unread: list[Delta] = []
-        """Came out for nobody in particular; the next `step` returns them."""
-        self._unwanted: set[int] = set()
-        """Aborted because their reader left."""
 
     def validate(
         self,
@@ -111,37 +104,6 @@ class Engine(Loop):
         """Queues a request for `step`; returns its handle. Raises InvalidRequestError or CapacityError."""
         return self.add_validated(self.validate(prompt, params, options, reuse=reuse))
 
-    def step(self) -> list[Delta]:
-        """One step: computes the plan at hand, commits it, makes the next; returns what came out.
-
-        Requests added while a plan is at hand join the next one. Raises EngineError when the core is broken.
-        """
-        self._advance()
-        deltas, self._unread = self._unread, []
-        return deltas
-
-    def _advance(self) -> None:
-        """One step; deltas go where their readers look."""
-        if self._plan is None:
-            self._collect()
-        if self._plan is not None:
-            self.run_plan()
-            self._collect()
-        self._watch_for_stall()
-
-    def _collect(self) -> None:
-        with uninterrupted():
-            for delta in self.make_plan():
-                self._sort(delta)
-
-    def _sort(self, delta: Delta) -> None:
-        if delta.handle in self._boxes:
-            self._boxes[delta.handle].append(delta)
-        elif delta.handle not in self._unwanted:
-            self._unread.append(delta)
-        elif delta.usage is not None:
-            self._unwanted.discard(delta.handle)
-
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  a str is a Sequence[str] too
         self,
@@ -176,8 +138,9 @@ class Engine(Loop):
         """One prompt (text, ids, or parts with a Segment) or a list of them; outputs in the order of the prompts.
 
         `options` and `reuse` hold for all. All are checked before any starts; a list of any length is fed as the queue
-        has room, and has no time limit but that of `options`. `progress`: a bar with tokens/s and the share of the
-        prompts that came from the cache; None shows it on a terminal. Ctrl-C ends what runs, and the engine goes on.
+        has room, computed in the order that shares most, and has no time limit but that of `options`. `progress`: a bar
+        with tokens/s and the share of the prompts that came from the cache; None shows it on a terminal. Ctrl-C ends
+        what runs, and the engine goes on.
         Raises InvalidRequestError, of a list as `prompts[index]`; what goes wrong later is a finish reason.
         """
         if is_single(prompts):
@@ -318,57 +281,15 @@ class Engine(Loop):
         self._streams[handle] = stream
         return handle
 
-    def run(self, requests: Iterable[ValidatedRequest]) -> Generator[tuple[int, Delta | InvalidRequestError]]:
-        """(number of the request, delta) as they come, or (number, why) for one that the core refuses.
-
-        Requests are taken while the queue has room: the core sees as many as may wait, and any number of them runs in
-        bounded memory. Leaving early aborts the rest. Raises what `add_validated` raises when no end would make room.
-        """
-        box: deque[Delta] = deque()
-        numbers: dict[int, int] = {}
-        """By handle, of those that live."""
-        coming = enumerate(requests)
-        at_hand = next(coming, None)
-        try:
-            while numbers or at_hand is not None:
-                while at_hand is not None:
-                    number, request = at_hand
-                    try:
-                        if not self._try_add(request, number, numbers, box):
-                            break
-                    except InvalidRequestError as error:
-                        yield number, error
-                    at_hand = next(coming, None)
-                self._advance()
-                while box:
-                    delta = box.popleft()
-                    number = numbers[delta.handle]
-                    if delta.usage is not None:
-                        del numbers[delta.handle], self._boxes[delta.handle]
-                    yield number, delta
-        finally:
-            for handle in numbers:
-                self._forget(handle)
-
-    def _try_add(self, request: ValidatedRequest, number: int, numbers: dict[int, int], box: deque[Delta]) -> bool:
-        """Starts one request of a run; False when it has to wait for the end of another."""
-        is_alone = not self.num_unfinished
-        try:
-            with uninterrupted():
-                handle = self.add_validated(request)
-                numbers[handle], self._boxes[handle] = number, box
-        except CapacityError:
-            if is_alone:
-                raise
-            return False
-        return True
-
     def _run_all(self, requests: list[ValidatedRequest], progress: bool | None) -> list[RequestOutput]:
         collectors: dict[int, Collector] = {}
         outputs: dict[int, RequestOutput] = {}
         done = Throughput()
-        with Bar("generating", unit="requests", wanted=progress) as bar, closing(self.run(requests)) as outcomes:
-            for number, outcome in outcomes:
+        order = feeding_order(requests, self.config.max_num_waiting)
+        made = self.run((requests[number] for number in order), is_workload=len(requests) > 1)
+        with Bar("generating", unit="requests", wanted=progress) as bar, closing(made) as outcomes:
+            for at, outcome in outcomes:
+                number = order[at]
                 if isinstance(outcome, InvalidRequestError):
                     raise outcome if len(requests) == 1 else of_prompt(number, outcome)
                 collector = collectors.setdefault(number, Collector(requests[number]))
@@ -380,10 +301,8 @@ class Engine(Loop):
 
     def _forget(self, handle: int) -> None:
         """Nobody reads this request any more: it is aborted if it lives."""
-        self._boxes.pop(handle, None)
         self._streams.pop(handle, None)
-        if self.abort(handle):
-            self._unwanted.add(handle)
+        super()._forget(handle)
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED, error: str | None = None) -> list[Delta]:
         """Ends everything and returns the last deltas; later calls raise EngineClosedError. Twice is fine."""

@@ -25,7 +25,8 @@ from kvlite.server.calls import Calls, model_name
 from kvlite.server.failures import error_body, status_of
 from kvlite.server.wire import Call, Wire
 from kvlite.startup import model_directory
-from kvlite.types import Delta
+from kvlite.types import Delta, EngineStats
+from kvlite.workload import VIEW_TOKENS
 
 OK = 200
 
@@ -52,9 +53,9 @@ def run_batch(config: EngineConfig, files: Files, say: Say, *, progress: bool | 
     with Source(files.requests, config.max_body_bytes) as source, Sink(files.answers, source, name) as sink:
         if sink.num_cut_bytes:
             say(f"{sink.path}: cut off {sink.num_cut_bytes} bytes that an interruption had left of unfinished lines")
-        order = feeding_order(
-            [entry for entry in source.entries if entry.custom_id not in sink.answered], config.max_num_waiting
-        )
+        # A token has a byte at least: a file of so many bytes is in view as a whole.
+        in_view = config.max_num_waiting if files.requests.stat().st_size <= VIEW_TOKENS else 0
+        order = feeding_order([entry for entry in source.entries if entry.custom_id not in sink.answered], in_view)
         say(f"{source.path}: {len(source.entries)} lines, {len(sink.answered)} answered before")
         run: _Run | None = None
         try:
@@ -86,6 +87,15 @@ def _summary(source: Source, sink: Sink, run: _Run | None) -> str:
     return "\n".join(lines)
 
 
+def _tokens_per_step(before: EngineStats, after: EngineStats) -> float:
+    """Rows of the model per step: prompt tokens that were computed, and those drawn."""
+
+    def count(stats: EngineStats) -> int:
+        return stats.prompt_tokens - stats.cached_tokens + stats.generated_tokens
+
+    return (count(after) - count(before)) / max(after.num_steps - before.num_steps, 1)
+
+
 @dataclass
 class _Open:
     """A line that was fed and is not answered."""
@@ -112,7 +122,8 @@ class _Run:
 
     def answer(self, order: list[Entry], progress: bool | None) -> None:
         """Feeds the lines in that order and writes each when it has ended."""
-        made, done = self._engine.run(self._requests(order)), Throughput()
+        made, done = self._engine.run(self._requests(order), is_workload=True), Throughput()
+        before = self._engine.stats()
         try:
             with Bar("answering", unit="lines", wanted=progress) as bar, closing(made) as outcomes:
                 for number, outcome in outcomes:
@@ -120,7 +131,9 @@ class _Run:
                     self._sink.sync_when_due()
                     bar.update(len(self._sink.answered), len(self._source.entries), done.note)
         finally:
-            self.pace = f"{done.seconds:.1f} s, {done.note()}"
+            self.pace = (
+                f"{done.seconds:.1f} s, {done.note()}, {_tokens_per_step(before, self._engine.stats()):.0f} a step"
+            )
 
     def _requests(self, order: list[Entry]) -> Iterator[ValidatedRequest]:
         for entry in order:

@@ -111,7 +111,11 @@ impl Simulation {
                 }
             }
             12..14 => self.engine.core.clear_cache(),
-            14..24 if self.blended > 0 => self.meddle(),
+            14..16 => {
+                let is_workload = self.rng.chance(50);
+                self.engine.set_workload(is_workload);
+            }
+            16..26 if self.blended > 0 => self.meddle(),
             _ => {}
         }
     }

@@ -133,10 +133,10 @@ impl Core {
     /// A step begins: everybody may be asked again, in a new order if enough has changed.
     pub(super) fn begin_arranged(&mut self) {
         let arranged = &mut self.arranged;
+        arranged.held = Held::default();
         if !arranged.is_on() {
             return;
         }
-        arranged.held = Held::default();
         let left = arranged.order.len() - arranged.head;
         if arranged.num_changes > 0 && arranged.num_changes * CHANGED_SHARE >= left {
             self.arrange();
@@ -181,7 +181,14 @@ impl Core {
             return first;
         }
         loop {
-            let &(slot, serial) = self.arranged.order.get(self.arranged.cursor)?;
+            let Some(&(slot, serial)) = self.arranged.order.get(self.arranged.cursor) else {
+                if self.arranged.num_changes == 0 || self.arranged.held.num_seqs > 0 {
+                    return None;
+                }
+                self.arrange(); // Few have come since, but everybody else has left.
+                self.arranged.cursor = 0;
+                continue;
+            };
             let seq = &self.seqs[slot as usize];
             if seq.status() == Status::Waiting && seq.rank.1 == serial {
                 return Some(slot);
@@ -196,7 +203,7 @@ impl Core {
     pub(super) fn pass_over(&mut self, slot: u32, num_rows: usize, shared: u64) -> bool {
         let seq = &self.seqs[slot as usize];
         let at = self.arranged.order.get(self.arranged.cursor);
-        let is_in_order = self.arranged.is_on() && at == Some(&(slot, seq.rank.1));
+        let is_in_order = self.arranged.is_on() && at == Some(&(slot, seq.rank.1)) && self.queue.overdue().is_none();
         if !is_in_order || self.arranged.held.num_seqs >= MAX_HELD {
             return false;
         }

@@ -107,7 +107,10 @@ impl Queue {
     pub fn insert(&mut self, tenant: TenantId, place: Place, known: u32) {
         let line = self.line(tenant);
         let cost = self.policy.cost(&Waiting { known, ..Waiting::default() });
-        let before = self.entries.insert((line, place), Entry { passes: 0, cost, looked: 0 });
+        // Where nobody is chosen here, who comes back before others was passed by whoever passed them: see `overdue`.
+        let next = self.entries.range((line, place)..).next().filter(|_| !self.policy.compares());
+        let passes = next.map_or(0, |(_, entry)| entry.passes);
+        let before = self.entries.insert((line, place), Entry { passes, cost, looked: 0 });
         assert!(before.is_none(), "{place:?} waits once");
         self.turns.enter(line, place.rank);
     }
@@ -127,11 +130,20 @@ impl Queue {
     pub fn admit(&mut self, tenant: TenantId, place: Place) {
         let line = self.line(tenant);
         self.entries.remove(&(line, place)).expect("who is admitted has waited");
+        if self.counts_passes && !self.policy.compares() {
+            self.pass_older(line, place); // Nobody chose it here.
+        }
         self.turns.take(line);
         self.chosen = None;
     }
 
-    /// Whether admissions from now on count as passes of those who are older.
+    fn pass_older(&mut self, line: u32, place: Place) {
+        for (_, older) in self.entries.range_mut((line, Place::FIRST)..(line, place)) {
+            older.passes += 1;
+        }
+    }
+
+    /// Whether admissions that nobody chose here count as passes of those who are older.
     pub fn count_passes(&mut self, counts_passes: bool) {
         self.counts_passes = counts_passes;
     }
@@ -204,9 +216,7 @@ impl Queue {
             return;
         }
         assert!(self.chosen.is_none(), "whoever was chosen stays chosen");
-        for (_, older) in self.entries.range_mut((line, Place::FIRST)..(line, place)) {
-            older.passes += 1;
-        }
+        self.pass_older(line, place);
         self.chosen = Some((line, place));
     }
 

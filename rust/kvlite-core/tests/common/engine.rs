@@ -98,6 +98,8 @@ pub struct Engine {
     pub(super) arrivals: u64,
     pub digest: u64,
     pub reuse: Reuse,
+    /// All that waits is one workload.
+    pub(super) is_workload: bool,
 }
 
 /// A small configuration to start from.
@@ -148,6 +150,7 @@ impl Engine {
             arrivals: 0,
             digest: 0,
             reuse,
+            is_workload: false,
         }
     }
 
@@ -164,6 +167,11 @@ impl Engine {
         self.asked.insert(handle, asked);
         assert!(self.told.insert(handle, told).is_none(), "handles are not reused soon");
         Ok(handle)
+    }
+
+    pub fn set_workload(&mut self, is_workload: bool) {
+        self.is_workload = is_workload;
+        self.core.set_workload(is_workload);
     }
 
     pub fn abort(&mut self, handle: i32) -> bool {

@@ -4,9 +4,9 @@ use kvlite_core::{CoreConfig, PolicyKind, Round, Scope};
 
 use super::{Asked, Blend, PUBLIC, Rng, mix};
 
-pub const POLICIES: [PolicyKind; 5] = {
-    use PolicyKind::{CacheAware, Fair, Fcfs, HitRate, Priority};
-    [Priority, Fcfs, HitRate, CacheAware, Fair]
+pub const POLICIES: [PolicyKind; 6] = {
+    use PolicyKind::{CacheAware, Fair, Fcfs, HitRate, PrefixGrouped, Priority};
+    [Priority, Fcfs, HitRate, CacheAware, Fair, PrefixGrouped]
 };
 
 pub fn random_config(rng: &mut Rng) -> CoreConfig {
