@@ -16,6 +16,7 @@ BENCHMARKS = {
     "policies": "orders of admission on a mix of hit rates, each against fcfs",
     "prefill": "time to the first token of an embedded engine, as shares of the limits",
     "quality": "answers and time to the first token of blended reuse, by method and recompute ratio",
+    "offline": "a whole workload at hand: prefix groups against order of arrival, the limits, transformers and vLLM",
     "kernels": "each op on each backend, as shares of its bound",
     "gpu": "the GPU side in one command: kernels against references, decode and prefill of an 8B shape against floors",
     "serve": "load on any OpenAI-compatible server: waiting, tokens per second, goodput",

@@ -95,7 +95,8 @@ def _with_settings(
 ) -> Callable[..., Callable[..., None]]:
     """Gives a command `more`, MODEL, a flag per setting of `scopes`, and --print-config.
 
-    `batch`: defaults as `EngineConfig.from_env` has them. The command gets the finished EngineConfig, and the values of `more` by name.
+    `batch`: defaults as `EngineConfig.from_env` has them. The command gets the finished EngineConfig, and the values of
+    `more` by name.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -139,7 +139,7 @@ class EngineConfig:
         " first, least served tenant first, prompts that begin alike together", core=True,
     )  # fmt: skip
     max_passes: int = _setting(
-        64, int, "later requests that hit-rate, cache-aware, fair (of its tenant) and prefix-grouped let pass one that waits",
+        64, int, "later requests that hit-rate, cache-aware, fair (its tenant's) and prefix-grouped let pass one",
         low=0, high=1 << 20, core=True,
     )  # fmt: skip
     reuse: DefaultReuse = _setting(DefaultReuse.PREFIX, DefaultReuse, "cached KV that a request takes unless it says")  # noqa: RUF009

@@ -58,14 +58,15 @@ ALLOWED: dict[str, set[str]] = {
     "prompts": {"documents", "errors", "request", "reuse_types", "tokenizer", "types"},
     "migration": COMPUTE | REQUEST | {"inflight", "interrupts", "runner", "twins"},
     "loop": COMPUTE | REQUEST | {"agreement", "documents", "inflight", "migration", "runner", "startup", "twins"},
+    "workload": LEAVES | {"interrupts", "loop", "request", "startup"},
     "engine": COMPUTE
     | REQUEST
-    | {"documents", "engine_stream", "interrupts", "library", "loop", "migration", "output", "prompts", "startup"},
+    | {"documents", "engine_stream", "interrupts", "library", "migration", "output", "prompts", "startup", "workload"},
     "readers": {"errors", "types"},
     "async_engine": ENGINE | {"documents", "output", "prompts", "readers"},
     "fleet": COMPUTE | SERVING | {"inflight", "loop", "migration", "output", "readers", "prompts", "runner", "startup"},
     "server": SERVING | {"fleet", "prompts"},
-    "batch": ENGINE | {"interrupts", "output", "server", "startup"},
+    "batch": ENGINE | {"interrupts", "output", "server", "startup", "workload"},
     "chat": SERVING,
     "demo": SERVING | {"server"},
     "cli": SERVING | {"server", "batch", "chat", "demo", "fleet", "bench"},
