@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 from kvlite.models import ModelConfig
 
@@ -94,14 +95,15 @@ class Count:
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Count:
-        """Distinct ones by whole blocks, as a cache keeps them."""
-        seen: set[tuple[int, ...]] = set()
-        distinct = 0
-        for job in jobs:
-            for end in range(BLOCK, len(job.prompt) + 1, BLOCK):
-                if job.prompt[:end] not in seen:
-                    seen.add(job.prompt[:end])
-                    distinct += BLOCK
-            distinct += len(job.prompt) % BLOCK
+        """Neighbours in sorted order share all that anybody before shares; the last token is computed in any case."""
+        prompts = sorted(job.prompt for job in jobs)
+        shared = sum(min(common_len(*pair), len(pair[1]) - 1) for pair in pairwise(prompts))
+        total = sum(map(len, prompts))
         longest = max(len(job.prompt) + job.max_tokens for job in jobs)
-        return cls(sum(len(job.prompt) for job in jobs), distinct, sum(job.max_tokens for job in jobs), longest)
+        return cls(total, total - shared, sum(job.max_tokens for job in jobs), longest)
+
+
+def common_len(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two prompts begin with alike."""
+    alike = (a == b for a, b in zip(one, other, strict=False))
+    return sum(1 for _ in takewhile(bool, alike))

@@ -28,11 +28,12 @@ def test_requests_of_a_group_share_just_the_prefix_and_are_no_neighbours() -> No
     assert all(one.prompt[:20] != other.prompt[:20] for one, other in pairwise(jobs))
 
 
-def test_distinct_tokens_are_those_of_the_first_of_equal_beginnings_by_whole_blocks() -> None:
+def test_distinct_tokens_are_those_of_the_first_of_equal_beginnings() -> None:
     shared = tuple(range(32))
     jobs = [Job((*shared, 1, 2), 3), Job((*shared, 3), 4), Job(shared[:20], 1)]
-    assert Count.of(jobs) == Count(prompt=34 + 33 + 20, distinct=34 + 1 + 4, drawn=8, longest=37)
-    run = Run(1.0, cached=24, tokens_per_step=1.0, preemptions=0, firsts=(1, 2, 3))
+    assert Count.of(jobs) == Count(prompt=34 + 33 + 20, distinct=34 + 1, drawn=8, longest=37)
+    assert Count.of([jobs[2], jobs[2]]).distinct == 21, "the last token of a prompt is computed"
+    run = Run(1.0, cached=26, tokens_per_step=1.0, preemptions=0, firsts=(1, 2, 3))
     assert saving(run, Count.of(jobs)) == 0.5
 
 

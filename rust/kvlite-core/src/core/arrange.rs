@@ -18,7 +18,7 @@ use crate::sequence::{FinishReason, Status};
 
 /// Held sequences that others may pass in one step: what bounds the looks at the cache.
 const MAX_HELD: u32 = 256;
-/// The order is made anew when so many of it and one more than nothing have changed, as a divisor.
+/// The order is made anew when this part of it has changed, one by so many.
 const CHANGED_SHARE: usize = 8;
 
 /// See the module's header.
@@ -26,7 +26,7 @@ const CHANGED_SHARE: usize = 8;
 pub(super) struct Arranged {
     batching: Batching,
     is_policy: bool,
-    /// The whole workload is in the queue, and nobody else's.
+    /// What waits is one workload, known as a whole.
     is_workload: bool,
     /// (slot, serial): the first ones may have left.
     order: Vec<(u32, u64)>,
@@ -125,7 +125,7 @@ impl Core {
     pub(super) fn arrange_end(&mut self, slot: u32, reason: FinishReason) {
         let seq = &self.seqs[slot as usize];
         if self.arranged.is_on() && matches!(reason, FinishReason::Stop | FinishReason::Length) && seq.makes.is_none() {
-            self.arranged.batching.ended(seq.home, seq.output_len() as u32);
+            self.arranged.batching.ended(seq.home, seq.output_len());
             self.arranged.num_changes += 1;
         }
     }
