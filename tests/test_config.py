@@ -52,6 +52,15 @@ def test_an_unknown_setting_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "size"), [("12", 12), ("2GiB", 2 << 30), ("1.5k", 1500), ("3 MB", 3_000_000), ("1ki", 1024)]
 )
+def test_engines_that_answer_a_file_have_defaults_of_their_own_which_variables_and_flags_override() -> None:
+    plain, batch = EngineConfig.from_env({}), EngineConfig.from_env({}, batch=True)
+    assert batch.max_num_seqs > plain.max_num_seqs and batch.max_num_batched_tokens > plain.max_num_batched_tokens
+    assert batch.max_num_waiting == 1 << 17
+    mixed = EngineConfig.from_env({"KVLITE_MAX_NUM_SEQS": "3"}, batch=True, max_num_waiting=5)
+    assert (mixed.max_num_seqs, mixed.max_num_waiting) == (3, 5)
+    assert mixed.max_num_batched_tokens == batch.max_num_batched_tokens
+
+
 def test_sizes_have_units(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 

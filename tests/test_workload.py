@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import closing
+from itertools import pairwise
 
 import pytest
 
@@ -14,9 +15,7 @@ from tests.engines import engine, essence, ids, pool_of
 
 GROUPS, DEGREE, SHARED = 4, 6, 48
 PROMPTS = [ids(SHARED, group) + ids(5 + member, 100 + member) for member in range(DEGREE) for group in range(GROUPS)]
-PARAMS = [
-    SamplingParams(temperature=n % 2, seed=n, max_tokens=3 + n % 5, ignore_eos=True) for n in range(len(PROMPTS))
-]
+PARAMS = [SamplingParams(temperature=n % 2, seed=n, max_tokens=3 + n % 5, ignore_eos=True) for n in range(len(PROMPTS))]
 
 
 def one_by_one() -> list[object]:
@@ -81,7 +80,7 @@ def test_a_list_beyond_the_view_is_fed_by_prefix_and_one_that_fits_as_it_is() ->
     order = feeding_order(requests, len(requests) - 1)
     groups = [number % GROUPS for number in order]
     assert sorted(order) == list(range(len(PROMPTS)))
-    assert sum(a != b for a, b in zip(groups, groups[1:], strict=False)) == GROUPS - 1
+    assert sum(a != b for a, b in pairwise(groups)) == GROUPS - 1
 
 
 def test_order_of_arrival_is_back_when_a_list_is_done_or_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,11 +63,7 @@ impl Core {
         if plan.room(Region::Admitted) < num_rows {
             return Attempt::Refused;
         }
-        if self.free_rows.len() < num_rows + held.rows {
-            if held.rows == 0 {
-                self.refused = Some((slot, self.room_epoch));
-                self.keep_prefix_warm();
-            }
+        if !self.has_rows(slot, num_rows, held.rows) {
             return Attempt::Refused;
         }
         let is_blend = self.seq(slot).blend.is_some();
@@ -114,6 +110,16 @@ impl Core {
             return self.try_admit(slot, false, plan, record, budget);
         }
         if fits || (is_alone && self.ask_for_less(slot)) { Attempt::Done } else { Attempt::Refused }
+    }
+
+    /// Rows for whoever is tried, beside those that are `kept` for others.
+    fn has_rows(&mut self, slot: u32, num_rows: usize, kept: usize) -> bool {
+        let fits = self.free_rows.len() >= num_rows + kept;
+        if !fits && kept == 0 {
+            self.refused = Some((slot, self.room_epoch));
+            self.keep_prefix_warm();
+        }
+        fits
     }
 
     /// Whether the whole pool is there for whoever comes next.
@@ -287,7 +293,7 @@ impl Core {
         let row = self.free_rows.pop().expect("rows were counted before");
         let seq = &mut self.seqs[slot as usize];
         self.queue.admit(seq.tenant(), seq.place(slot));
-        self.arrange_departure(slot);
+        self.arrange_admission(slot);
         let seq = &mut self.seqs[slot as usize];
         seq.become_(Status::Running);
         seq.row = row;

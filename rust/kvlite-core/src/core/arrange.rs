@@ -87,7 +87,6 @@ impl Core {
     /// until this is switched off. What else waits takes part. O(waiting).
     pub fn set_workload(&mut self, is_workload: bool) {
         self.arranged.is_workload = is_workload;
-        self.queue.count_passes(!is_workload);
         self.arranged.order.clear();
         (self.arranged.head, self.arranged.num_changes) = (0, self.queue.len());
         self.arranged.urgent.clear();
@@ -118,6 +117,15 @@ impl Core {
     pub(super) fn arrange_departure(&mut self, slot: u32) {
         if !self.arranged.urgent.is_empty() {
             self.arranged.urgent.remove(&self.seqs[slot as usize].place(slot));
+        }
+    }
+
+    /// Somebody is admitted; while nobody waits for a single answer, that passes nobody.
+    pub(super) fn arrange_admission(&mut self, slot: u32) {
+        self.arrange_departure(slot);
+        if self.arranged.is_policy && !self.arranged.is_workload {
+            let seq = &self.seqs[slot as usize];
+            self.queue.pass_older(seq.tenant(), seq.place(slot));
         }
     }
 
@@ -174,9 +182,13 @@ impl Core {
         (arranged.head, arranged.num_changes) = (0, 0);
     }
 
+    fn overdue(&self) -> Option<u32> {
+        if self.arranged.is_workload { None } else { self.queue.overdue() }
+    }
+
     /// Who is to be admitted next: who was passed too often, who has begun, then the order.
     pub(super) fn next_arranged(&mut self) -> Option<u32> {
-        let first = self.queue.overdue().or_else(|| self.arranged.urgent.first().map(|place| place.slot));
+        let first = self.overdue().or_else(|| self.arranged.urgent.first().map(|place| place.slot));
         if first.is_some() {
             return first;
         }
@@ -203,7 +215,7 @@ impl Core {
     pub(super) fn pass_over(&mut self, slot: u32, num_rows: usize, shared: u64) -> bool {
         let seq = &self.seqs[slot as usize];
         let at = self.arranged.order.get(self.arranged.cursor);
-        let is_in_order = self.arranged.is_on() && at == Some(&(slot, seq.rank.1)) && self.queue.overdue().is_none();
+        let is_in_order = self.arranged.is_on() && at == Some(&(slot, seq.rank.1)) && self.overdue().is_none();
         if !is_in_order || self.arranged.held.num_seqs >= MAX_HELD {
             return false;
         }

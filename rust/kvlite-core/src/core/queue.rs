@@ -51,7 +51,6 @@ struct Entry {
 pub(super) struct Queue {
     policy: Box<dyn Policy>,
     max_passes: u32,
-    counts_passes: bool,
     /// By line, then in order of rank.
     entries: BTreeMap<(u32, Place), Entry>,
     turns: Turns,
@@ -68,7 +67,6 @@ impl Queue {
         let policy = policy(config.policy);
         Queue {
             max_passes: config.max_passes,
-            counts_passes: true,
             entries: BTreeMap::new(),
             turns: Turns::new(policy.turn(), (config.max_num_waiting + config.max_num_seqs) as usize),
             chosen: None,
@@ -130,28 +128,22 @@ impl Queue {
     pub fn admit(&mut self, tenant: TenantId, place: Place) {
         let line = self.line(tenant);
         self.entries.remove(&(line, place)).expect("who is admitted has waited");
-        if self.counts_passes && !self.policy.compares() {
-            self.pass_older(line, place); // Nobody chose it here.
-        }
         self.turns.take(line);
         self.chosen = None;
     }
 
-    fn pass_older(&mut self, line: u32, place: Place) {
+    /// Whoever is older in its line has been passed.
+    pub fn pass_older(&mut self, tenant: TenantId, place: Place) {
+        let line = self.line(tenant);
         for (_, older) in self.entries.range_mut((line, Place::FIRST)..(line, place)) {
             older.passes += 1;
         }
     }
 
-    /// Whether admissions that nobody chose here count as passes of those who are older.
-    pub fn count_passes(&mut self, counts_passes: bool) {
-        self.counts_passes = counts_passes;
-    }
-
     /// The oldest sequence of all, if it may not be passed any more. It was passed most, so nobody else is overdue before.
     pub fn overdue(&self) -> Option<u32> {
         let (&(_, place), entry) = self.entries.first_key_value()?;
-        (self.counts_passes && entry.passes >= self.max_passes).then_some(place.slot)
+        (entry.passes >= self.max_passes).then_some(place.slot)
     }
 
     /// `tokens` of service for a tenant, weighed as `fair` weighs them. O(1).
@@ -216,7 +208,7 @@ impl Queue {
             return;
         }
         assert!(self.chosen.is_none(), "whoever was chosen stays chosen");
-        self.pass_older(line, place);
+        self.pass_older(tenant, place);
         self.chosen = Some((line, place));
     }
 
