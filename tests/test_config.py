@@ -49,9 +49,6 @@ def test_an_unknown_setting_is_refused() -> None:
         EngineConfig.from_env({}, max_num_sequences=4)
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("12", 12), ("2GiB", 2 << 30), ("1.5k", 1500), ("3 MB", 3_000_000), ("1ki", 1024)]
-)
 def test_engines_that_answer_a_file_have_defaults_of_their_own_which_variables_and_flags_override() -> None:
     plain, batch = EngineConfig.from_env({}), EngineConfig.from_env({}, batch=True)
     assert batch.max_num_seqs > plain.max_num_seqs and batch.max_num_batched_tokens > plain.max_num_batched_tokens
@@ -61,6 +58,9 @@ def test_engines_that_answer_a_file_have_defaults_of_their_own_which_variables_a
     assert mixed.max_num_batched_tokens == batch.max_num_batched_tokens
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("12", 12), ("2GiB", 2 << 30), ("1.5k", 1500), ("3 MB", 3_000_000), ("1ki", 1024)]
+)
 def test_sizes_have_units(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
