@@ -139,7 +139,7 @@ fn dots<const G: usize, const K: usize, const FUSED: bool>(
 }
 
 /// Lanes in the order in which `sum` pairs them.
-const PAIRED: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
+pub(crate) const PAIRED: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
 
 /// Key vectors turned into columns, so that scores need no sum across lanes: per chunk of LANES keys, [dim][LANES], the
 /// dimensions in the order of `turned`. `keys` yields vectors of the padded dim; `columns` has room for whole chunks.

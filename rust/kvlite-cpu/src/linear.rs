@@ -12,6 +12,8 @@
 //! adds the same lanes in the same order, so a row's result depends on that row alone.
 
 #[cfg(target_arch = "x86_64")]
+mod many;
+#[cfg(target_arch = "x86_64")]
 mod native;
 mod quads;
 
@@ -81,6 +83,11 @@ pub fn linear<A: Element, W: Element>(
     let (outputs, out) = (args.weight.rows, &*out);
     let pieces = (exec.threads.count() * PIECES).min(outputs / PIECE_ROWS).max(1);
     let native = exec.isa.0 == Kind::Avx512Bf16 && A::as_bf16(&[]).is_some() && W::as_bf16(&[]).is_some();
+    #[cfg(target_arch = "x86_64")]
+    if native && args.x.rows >= many::FEWEST_ROWS {
+        many::compute(exec, args, out);
+        return Ok(());
+    }
     PACKED.with_borrow_mut(|(wide, narrow)| {
         for start in (0..args.x.rows).step_by(BLOCK_ROWS) {
             let rows = start..args.x.rows.min(start + BLOCK_ROWS);

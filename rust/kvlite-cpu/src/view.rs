@@ -127,13 +127,23 @@ impl<'a, E: Element> RowsMut<'a, E> {
     #[allow(unsafe_code)]
     #[inline(always)]
     pub(crate) unsafe fn write_heads(&self, row: usize, heads: Range<usize>, value: impl Fn(usize) -> E) {
+        // SAFETY: the caller answers for these heads.
+        for (i, element) in unsafe { self.heads_mut(row, heads) }.iter_mut().enumerate() {
+            *element = value(i);
+        }
+    }
+
+    /// A run of heads of one row, [heads * dim].
+    ///
+    /// # Safety
+    /// Nobody else touches these heads of the row while the slice lives.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    #[inline(always)]
+    pub(crate) unsafe fn heads_mut(&self, row: usize, heads: Range<usize>) -> &mut [E] {
         assert!(row < self.rows && heads.start <= heads.end && heads.end <= self.heads);
         let (start, len) = (row * self.row_stride + heads.start * self.dim, heads.len() * self.dim);
         // SAFETY: `new` checked the extent of the shape, row and heads lie in it, and the caller alone uses these heads.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.values.add(start), len) };
-        for (i, element) in out.iter_mut().enumerate() {
-            *element = value(i);
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.values.add(start), len) }
     }
 }
 

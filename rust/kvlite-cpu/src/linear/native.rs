@@ -193,7 +193,7 @@ fn load(pairs: &Pairs) -> __m512bh {
     }
 }
 
-fn padded(tail: &[bf16]) -> Pairs {
+pub(super) fn padded(tail: &[bf16]) -> Pairs {
     let mut pairs = [bf16::ZERO; DOT * LANES];
     pairs[..tail.len()].copy_from_slice(tail);
     pairs
