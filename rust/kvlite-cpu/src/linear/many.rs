@@ -19,10 +19,10 @@ use std::sync::Mutex;
 
 use super::native::padded;
 use super::{DOT, Linear, PIECES};
-use crate::lanes::{LANES, PAIRED};
+use crate::lanes::{LANES, Lane, PAIRED};
 use crate::{Element, Exec, Rows, RowsMut, bf16};
 
-/// With fewer rows too many lanes would be empty.
+/// With fewer rows many lanes may be empty; at 32 rows the two loops are equally fast (Zen 4).
 pub(super) const FEWEST_ROWS: usize = 33;
 /// Rows of x that are packed at once.
 const BLOCK_ROWS: usize = 1024;
@@ -35,8 +35,11 @@ const PIECE_BYTES: usize = 320 << 10;
 
 /// One pair of K of 16 rows, or 16 pairs of one row.
 type Pairs = __m512i;
-/// Sums of a tile with a panel of R registers.
-type Sums<const R: usize> = [[__m512; R]; TILE];
+/// Sums of a tile with a panel, some registers of it unused.
+type Sums = [[__m512; PANEL]; TILE];
+
+/// Halvings of LANES.
+const LEVELS: usize = LANES.ilog2() as usize;
 
 thread_local! {
     /// The caller's rows of x.
@@ -115,13 +118,11 @@ fn pack<'a, A: Element>(
 fn pack_panel<A: Element>(x: &Rows<'_, A>, chunks: usize, panel: &mut Panel<'_>) {
     for register in 0..panel.width {
         let first = panel.first + register * LANES;
-        let rows = first..x.rows.min(first + LANES);
-        for chunk in 0..chunks {
-            let pairs = transpose(load(x, &rows, chunk));
+        turn(x, &(first..x.rows.min(first + LANES)), |chunk, pairs| {
             for (at, &lane) in PAIRED.iter().enumerate() {
                 panel.pairs[(at * chunks + chunk) * panel.width + register] = pairs[lane];
             }
-        }
+        });
     }
 }
 
@@ -129,15 +130,14 @@ fn pack_panel<A: Element>(x: &Rows<'_, A>, chunks: usize, panel: &mut Panel<'_>)
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
 fn pack_tiles<W: Element>(weight: &Rows<'_, W>, rows: &Range<usize>, chunks: usize, tiles: &mut [[i32; TILE]]) {
     let (low, high) = tiles.split_at_mut(LANES * chunks);
-    for chunk in 0..chunks {
-        let pairs = transpose(load(weight, rows, chunk));
+    turn(weight, rows, |chunk, pairs| {
         for (at, &lane) in PAIRED.iter().enumerate() {
             // SAFETY: both are 64 bytes in which every bit pattern is a value.
             #[allow(unsafe_code)]
             let halves: [[i32; TILE]; 2] = unsafe { std::mem::transmute(pairs[lane]) };
             [low[at * chunks + chunk], high[at * chunks + chunk]] = halves;
         }
-    }
+    });
 }
 
 /// The products of all rows of x with the weight rows of `piece`.
@@ -147,77 +147,96 @@ fn compute_piece<A: Element, W: Element>(
     panels: &[Panel<'_>],
     chunks: usize,
     piece: Range<usize>,
-    weights: &mut Vec<[i32; TILE]>,
+    packed: &mut Vec<[i32; TILE]>,
     out: &RowsMut<'_, A>,
 ) {
-    let groups = piece.len().div_ceil(LANES);
     let group = 2 * LANES * chunks;
-    weights.resize(groups * group, [0; TILE]);
-    let groups = || piece.clone().step_by(LANES).map(|first| first..piece.end.min(first + LANES));
+    packed.resize(piece.len().div_ceil(LANES) * group, [0; TILE]);
+    let mut sums = [[[_mm512_setzero_ps(); PANEL]; TILE]; LEVELS];
     for (i, panel) in panels.iter().enumerate() {
-        for (outputs, tiles) in groups().zip(weights.chunks_exact_mut(group)) {
+        for (first, tiles) in piece.clone().step_by(LANES).zip(packed.chunks_exact_mut(group)) {
+            let outputs = first..piece.end.min(first + LANES);
+            // The first panel waits for memory less when the weights of the next tiles are fetched meanwhile.
+            let next = if i == 0 { outputs.end..args.weight.rows.min(outputs.end + LANES) } else { 0..0 };
             if i == 0 {
                 pack_tiles(&args.weight, &outputs, chunks, tiles);
             }
             match panel.width {
-                1 => block::<A, W, 1>(args, panel, tiles, outputs, out),
-                2 => block::<A, W, 2>(args, panel, tiles, outputs, out),
-                _ => block::<A, W, PANEL>(args, panel, tiles, outputs, out),
+                1 => block::<A, W, 1>(args, panel, tiles, [outputs, next], &mut sums, out),
+                2 => block::<A, W, 2>(args, panel, tiles, [outputs, next], &mut sums, out),
+                _ => block::<A, W, PANEL>(args, panel, tiles, [outputs, next], &mut sums, out),
             }
         }
     }
 }
 
-/// The products of a panel with two tiles, the weight rows `outputs`.
+/// The products of a panel with two tiles, the weight rows `outputs`; fetches the weight rows `next`.
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx2,fma")]
 fn block<A: Element, W: Element, const R: usize>(
     args: &Linear<'_, A, W>,
     panel: &Panel<'_>,
     tiles: &[[i32; TILE]],
-    outputs: Range<usize>,
+    [outputs, next]: [Range<usize>; 2],
+    waiting: &mut [Sums; LEVELS],
     out: &RowsMut<'_, A>,
 ) {
-    let (low, high) = tiles.split_at(tiles.len() / 2);
     let (x, _) = panel.pairs.as_chunks::<R>();
-    let sums = [tile(x, low), tile(x, high)];
+    for row in panel.first..args.x.rows.min(panel.first + R * LANES) {
+        // SAFETY: tasks have distinct ranges of outputs.
+        #[allow(unsafe_code)]
+        fetch::<_MM_HINT_ET0, _>(unsafe { out.heads_mut(row, outputs.clone()) });
+    }
+    let mut sums = [[[_mm512_setzero_ps(); PANEL]; TILE]; 2];
+    for (i, (tile, sums)) in tiles.chunks_exact(tiles.len() / 2).zip(&mut sums).enumerate() {
+        let next = (next.start + i * TILE).min(next.end)..next.end;
+        let mut ahead = [&[][..]; TILE];
+        for (ahead, row) in ahead.iter_mut().zip(next) {
+            *ahead = W::as_bf16(args.weight.row(row)).expect("the weights are bf16");
+        }
+        add_tile(x, tile, ahead, waiting, sums);
+    }
     for register in 0..R {
         let mut columns = [_mm512_setzero_si512(); LANES];
         for (column, sums) in columns.iter_mut().zip(sums.as_flattened()) {
             *column = _mm512_castps_si512(sums[register]);
         }
-        let first = panel.first + register * LANES;
-        for (row, sums) in (first..args.x.rows).zip(transpose(columns)) {
+        for (sums, row) in transpose(columns).iter().zip(panel.first + register * LANES..args.x.rows) {
             // SAFETY: both are 64 bytes in which every bit pattern is a value.
             #[allow(unsafe_code)]
-            let mut sums: [f32; LANES] = unsafe { std::mem::transmute(sums) };
-            if let Some(bias) = args.bias {
-                for (sum, bias) in sums.iter_mut().zip(&bias[outputs.clone()]) {
-                    *sum += bias.to_f32();
-                }
-            }
-            let rounded = sums.map(A::from_f32);
+            let sums: &Lane = unsafe { &*std::ptr::from_ref(sums).cast() };
+            let bias = args.bias.map_or(&[][..], |bias| &bias[outputs.clone()]);
             // SAFETY: tasks have distinct ranges of outputs.
             #[allow(unsafe_code)]
             let target = unsafe { out.heads_mut(row, outputs.clone()) };
-            match target.as_mut_array() {
-                Some(target) => *target = rounded,
-                None => target.copy_from_slice(&rounded[..outputs.len()]),
+            if let (Some(target), true) = (target.as_mut_array::<LANES>(), bias.is_empty()) {
+                *target = sums.map(A::from_f32);
+            } else {
+                let mut sums = *sums;
+                sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f32());
+                target.iter_mut().zip(sums).for_each(|(target, sum)| *target = A::from_f32(sum));
             }
         }
     }
 }
 
-/// Sums of 8 weight rows with a panel.
+/// `sums` of 8 weight rows with a panel; fetches the weights `ahead`, some lines at a time.
+///
+/// Lanes are added in pairs, pairs in pairs: at each level a sum is `waiting` for the other half.
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx2,fma")]
 #[inline(never)] // so that each has the registers to itself
-fn tile<const R: usize>(x: &[[Pairs; R]], weights: &[[i32; TILE]]) -> Sums<R> {
+fn add_tile<const R: usize>(
+    x: &[[Pairs; R]],
+    weights: &[[i32; TILE]],
+    ahead: [&[bf16]; TILE],
+    waiting: &mut [Sums; LEVELS],
+    sums: &mut Sums,
+) {
     let chunks = weights.len() / LANES;
-    let zero = [[_mm512_setzero_ps(); R]; TILE];
-    let mut acc = zero;
-    // Lanes are added in pairs, pairs in pairs: a sum waits at each level for the other half.
-    let mut waiting = [zero; LANES.ilog2() as usize];
     for (at, (x, weights)) in x.chunks_exact(chunks).zip(weights.chunks_exact(chunks)).enumerate() {
-        acc = zero;
+        for line in ahead[at / 2].chunks(DOT * LANES).skip(at % 2).step_by(2) {
+            fetch::<_MM_HINT_T1, _>(line);
+        }
+        let mut acc = [[_mm512_setzero_ps(); R]; TILE];
         for (x, weights) in x.iter().zip(weights) {
             for (acc, &weight) in acc.iter_mut().zip(weights) {
                 let weight = pairs(_mm512_set1_epi32(weight));
@@ -226,17 +245,30 @@ fn tile<const R: usize>(x: &[[Pairs; R]], weights: &[[i32; TILE]]) -> Sums<R> {
                 }
             }
         }
-        for (level, waiting) in waiting.iter_mut().enumerate() {
-            if at >> level & 1 == 0 {
-                *waiting = acc;
-                break;
+        let mut level = 0;
+        while at >> level & 1 == 1 {
+            for (acc, waiting) in acc.iter_mut().zip(&waiting[level]) {
+                for (acc, waiting) in acc.iter_mut().zip(waiting) {
+                    *acc = _mm512_add_ps(*waiting, *acc);
+                }
             }
-            for (acc, waiting) in acc.as_flattened_mut().iter_mut().zip(waiting.as_flattened()) {
-                *acc = _mm512_add_ps(*waiting, *acc);
-            }
+            level += 1;
+        }
+        let target = waiting.get_mut(level).unwrap_or(sums);
+        for (target, acc) in target.iter_mut().zip(acc) {
+            target[..R].copy_from_slice(&acc);
         }
     }
-    acc
+}
+
+/// Asks for the line in which `values` begin.
+#[inline(always)]
+fn fetch<const HINT: i32, E>(values: &[E]) {
+    // SAFETY: a prefetch changes nothing that the program can see.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch::<HINT>(values.as_ptr().cast());
+    }
 }
 
 #[inline(always)]
@@ -248,23 +280,35 @@ fn pairs(pairs: Pairs) -> __m512bh {
     }
 }
 
-/// A chunk of K of up to 16 rows; zeros beyond rows and inputs.
+/// Calls `put` with each chunk of K of up to 16 rows, turned: the pairs of one lane together; the last chunk ends in zeros.
 #[target_feature(enable = "avx512f,avx512vl,avx2")]
 #[inline]
-fn load<E: Element>(values: &Rows<'_, E>, rows: &Range<usize>, chunk: usize) -> [Pairs; LANES] {
-    let mut loaded = [_mm512_setzero_si512(); LANES];
-    for (row, loaded) in rows.clone().zip(&mut loaded) {
-        let (whole, tail) = E::as_bf16(values.row(row)).expect("both sides are bf16").as_chunks::<{ DOT * LANES }>();
-        // SAFETY: both are 64 bytes in which every bit pattern is a value.
-        #[allow(unsafe_code)]
-        unsafe {
-            *loaded = match whole.get(chunk) {
-                Some(pairs) => std::mem::transmute_copy(pairs),
-                None => std::mem::transmute(padded(tail)),
-            };
+fn turn<E: Element>(values: &Rows<'_, E>, rows: &Range<usize>, mut put: impl FnMut(usize, [Pairs; LANES])) {
+    // The last row stands for those that do not exist: nobody looks at its products there.
+    let row = |i: usize| E::as_bf16(values.row((rows.start + i).min(rows.end - 1))).expect("both sides are bf16");
+    let rows: [(&[_], &[_]); LANES] = std::array::from_fn(|i| row(i).as_chunks::<{ DOT * LANES }>());
+    let mut pairs = [_mm512_setzero_si512(); LANES];
+    for chunk in 0..rows[0].0.len() {
+        for i in 0..LANES {
+            pairs[i] = register(&rows[i].0[chunk]);
         }
+        put(chunk, transpose(pairs));
     }
-    loaded
+    if !rows[0].1.is_empty() {
+        for i in 0..LANES {
+            pairs[i] = register(&padded(rows[i].1));
+        }
+        put(rows[0].0.len(), transpose(pairs));
+    }
+}
+
+#[inline(always)]
+fn register(pairs: &[bf16; DOT * LANES]) -> Pairs {
+    // SAFETY: both are 64 bytes in which every bit pattern is a value.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::mem::transmute_copy(pairs)
+    }
 }
 
 /// [i][j] becomes [j][i]: quarters of four rows are turned within themselves, then quarters change places.
