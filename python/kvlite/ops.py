@@ -6,6 +6,7 @@ imported when its backend is selected and never before. Called by `layers` and `
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from torch import Tensor
 Backend = Literal["reference", "triton", "cpu"]
 
 FEW_ROWS = (8, 16, 24, 32)
-"""Most rows that the Rust product may be for, ascending; `_few_rows` measures which. After 32 it reads W again."""
+"""Most rows that the Rust product may be for, ascending; `_few_rows` measures which. After 32 it reads W again ..."""
+MANY_ROWS = 256
+"""... but for bf16, of which it has a form for many rows: no slower than the library's here, it takes any number."""
+ANY_ROWS = sys.maxsize
 CROSSING_SHAPE = (2048, 1024)
 """Outputs and inputs of the weight that finds it: some megabytes, as those of a layer."""
 CROSSING_REPEATS = 7
@@ -287,7 +291,7 @@ compute alike."""
 
 @torch.inference_mode()
 def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many: LinearOp) -> int:
-    """The most rows of FEW_ROWS for which `few` is not slower than `many`, with the threads that there are now.
+    """The most rows of FEW_ROWS, or ANY_ROWS, for which `few` is not slower than `many`, with the threads there are now.
 
     The crossing depends on the machine: some multiply matrices with units of their own, some have no 16-bit products.
     Costs some tens of milliseconds, once for each pair of formats.
@@ -306,6 +310,8 @@ def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many
             times.append(time.perf_counter() - start)
         return min(times)
 
+    if dtype == weight_dtype == torch.bfloat16 and best_s(few, MANY_ROWS) <= best_s(many, MANY_ROWS):
+        return ANY_ROWS
     for num_rows in reversed(FEW_ROWS[1:]):
         if best_s(few, num_rows) <= best_s(many, num_rows):
             return num_rows
@@ -313,7 +319,7 @@ def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many
 
 
 def _cpu() -> Ops:
-    """Rust for everything but products of many rows."""
+    """Rust for everything but those products of many rows for which torch is faster."""
     reference = _reference()
     try:
         rust = _RustKernels(importlib.import_module("kvlite._core"))
@@ -324,7 +330,7 @@ def _cpu() -> Ops:
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         num_rows = x.shape[0]
-        if num_rows <= FEW_ROWS[0] or (num_rows <= FEW_ROWS[-1] and num_rows <= few_rows(x.dtype, weight.dtype)):
+        if num_rows <= FEW_ROWS[0] or num_rows <= few_rows(x.dtype, weight.dtype):
             rust.linear(x, weight, bias, out)
         else:
             many_rows(x, weight, bias, out)

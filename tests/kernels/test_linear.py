@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from kvlite import ops as ops_module
-from kvlite.ops import FEW_ROWS, WIDENED_ROWS, LinearOp, Ops, select
+from kvlite.ops import ANY_ROWS, FEW_ROWS, MANY_ROWS, WIDENED_ROWS, LinearOp, Ops, select
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.paged import poison
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ROWS = [1, 3, *FEW_ROWS, FEW_ROWS[-1] + 1]
+ROWS = [1, 3, *FEW_ROWS, FEW_ROWS[-1] + 1, 100]
 WIDE = 2 * WIDENED_ROWS + 37
 FORMATS = [(x, w) for x in ROUNDING for w in ROUNDING if x in (w, torch.float32)]
 
@@ -65,7 +65,7 @@ def test_many_fp32_rows_take_wide_16_bit_weights_piece_by_piece(ops: Ops, device
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
-@pytest.mark.parametrize("most", FEW_ROWS)
+@pytest.mark.parametrize("most", [*FEW_ROWS, ANY_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_rows_take_the_invariant_form_and_no_more(
     dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +75,8 @@ def test_few_rows_take_the_invariant_form_and_no_more(
     cpu, reference = select(torch.device("cpu"), "cpu"), select(torch.device("cpu"), "reference")
     assert cpu.invariant_linear is not None
     weight = numbers(256, 1000, dtype=dtype)
-    for num_rows, form in ((most, cpu.invariant_linear), (most + 1, reference.linear)):
+    few, more = (MANY_ROWS, MANY_ROWS) if most == ANY_ROWS else (most, most + 1)
+    for num_rows, form in ((few, cpu.invariant_linear), (more, cpu.invariant_linear if few == more else reference.linear)):
         x = numbers(num_rows, 1000, dtype=dtype)
         out, expected = (poison(num_rows, 256, dtype=dtype) for _ in range(2))
         cpu.linear(x, weight, None, out)
@@ -84,8 +85,11 @@ def test_few_rows_take_the_invariant_form_and_no_more(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
-@pytest.mark.parametrize("crossing", FEW_ROWS)
-def test_the_crossing_is_where_the_other_form_becomes_faster(crossing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("crossing", [*FEW_ROWS, MANY_ROWS])
+def test_the_crossing_is_where_the_other_form_becomes_faster(
+    crossing: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = 0.0
 
     def costing(seconds_of: Callable[[int], float]) -> LinearOp:
@@ -97,4 +101,5 @@ def test_the_crossing_is_where_the_other_form_becomes_faster(crossing: int, monk
 
     monkeypatch.setattr("kvlite.ops.time.perf_counter", lambda: clock)
     few, many = costing(float), costing(lambda num_rows: crossing + 0.5)
-    assert ops_module._few_rows(torch.float32, torch.float32, few, many) == crossing
+    most = ANY_ROWS if dtype == torch.bfloat16 else FEW_ROWS[-1]
+    assert ops_module._few_rows(dtype, dtype, few, many) == (most if crossing == MANY_ROWS else crossing)

@@ -84,6 +84,9 @@ fn check_shapes<A: Element, W: Element>(tolerance: f64) {
         for (rows, inputs, outputs) in [(12, 512, 6), (14, 513, 7), (13, 1030, 9)] {
             Problem::<A, W>::new(rows, inputs, outputs, true).check(&exec, tolerance); // parts of K, ragged quads
         }
+        for (rows, inputs, outputs) in [(33, 31, 9), (48, 64, 16), (50, 100, 33), (65, 32, 1), (1027, 33, 3)] {
+            Problem::<A, W>::new(rows, inputs, outputs, inputs % 2 == 0).check(&exec, tolerance); // panels of any width
+        }
     }
 }
 
@@ -108,13 +111,12 @@ fn check_law<A: Element, W: Element>() {
     for isa in Isa::available() {
         let alone = Exec { isa, threads: Threads::new(1) };
         let together = Exec { isa, threads: Threads::new(3) };
-        let all = Problem::<A, W>::new(40, 1100, 150, true);
+        let all = Problem::<A, W>::new(100, 1100, 150, true);
         let out = all.run(&together);
         let stride = all.inputs + GAP;
         assert_eq!(bits(&all.run(&alone)), bits(&out), "{isa:?}: threads change bits");
-        for first in [0, 1, 2, 5, 17, 39] {
-            for count in [1, 2, 4, 10, 23] {
-                let count = count.min(40 - first);
+        for first in [0, 1, 2, 5, 17, 39, 60] {
+            for count in [1, 2, 4, 10, 23, 40] {
                 let x = all.x[first * stride..(first + count) * stride].to_vec();
                 let some = Problem { rows: count, x, weight: all.weight.clone(), bias: all.bias.clone(), ..all };
                 let expected = &out[first * (all.outputs + GAP)..][..count * (all.outputs + GAP)];
