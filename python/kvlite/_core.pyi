@@ -338,11 +338,13 @@ def cpu_linear(
     out: _Stored,
     dtype: str = "float32",
     weight_dtype: str = "float32",
+    invariant: bool = True,
 ) -> None:
     """Writes `out` [T, N] = x [T, K] weight [N, K]^T + bias [N]; see kernels/linear.
 
     x and out are of `dtype`, weight and bias of `weight_dtype`: the same, or any beside float32. A row's bits depend on
-    that row alone. Raises InvalidArgument before anything is written.
+    that row alone; if not `invariant`, many rows may be added in a faster order than few. Raises InvalidArgument before
+    anything is written.
     """
 
 def cpu_rms_norm(x: _Stored, weight: _Stored, eps: float, out: _Stored, dtype: str = "float32") -> None:

@@ -242,9 +242,16 @@ class _RustKernels:
         self._place_kv(_array(kv_pool), *slots, _array(positions), _array(cos), _array(sin), dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """As `kernels/linear/reference.py`; a row's bits depend on that row alone."""
+        """As `kernels/linear/reference.py`."""
+        self.invariant_linear(x, weight, bias, out, invariant=False)
+
+    def invariant_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, invariant: bool = True
+    ) -> None:
+        """As `linear`; a row's bits depend on that row alone."""
         b = None if bias is None else _array(bias)
-        self._linear(_array(x), _array(weight), b, _array(out), _DTYPE_NAME[x.dtype], _DTYPE_NAME[weight.dtype])
+        dtypes = _DTYPE_NAME[x.dtype], _DTYPE_NAME[weight.dtype]
+        self._linear(_array(x), _array(weight), b, _array(out), *dtypes, invariant)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         """As `kernels/rms_norm/reference.py`."""
@@ -291,7 +298,7 @@ compute alike."""
 
 @torch.inference_mode()
 def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many: LinearOp) -> int:
-    """The most rows of FEW_ROWS, or ANY_ROWS, for which `few` is not slower than `many`, with the threads there are now.
+    """The most rows of FEW_ROWS, or ANY_ROWS, for which `few` is not slower than `many`, with the present threads.
 
     The crossing depends on the machine: some multiply matrices with units of their own, some have no 16-bit products.
     Costs some tens of milliseconds, once for each pair of formats.
@@ -361,7 +368,7 @@ def _cpu() -> Ops:
         silu_mul=rust.silu_mul,
         sample=rust.sample,
         linear=linear,
-        invariant_linear=rust.linear,
+        invariant_linear=rust.invariant_linear,
         shares_prefixes=True,
         widens_weights=True,
         record=rust.record,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvlite import _core
 from kvlite import ops as ops_module
 from kvlite.ops import ANY_ROWS, FEW_ROWS, MANY_ROWS, WIDENED_ROWS, LinearOp, Ops, select
 from tests.kernels.conftest import INTERPRETED
@@ -67,7 +68,7 @@ def test_many_fp32_rows_take_wide_16_bit_weights_piece_by_piece(ops: Ops, device
 @pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
 @pytest.mark.parametrize("most", [*FEW_ROWS, ANY_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_rows_take_the_invariant_form_and_no_more(
+def test_rows_up_to_the_crossing_take_our_own_form_and_no_more(
     dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops_module, "_crossings", {})
@@ -75,8 +76,9 @@ def test_few_rows_take_the_invariant_form_and_no_more(
     cpu, reference = select(torch.device("cpu"), "cpu"), select(torch.device("cpu"), "reference")
     assert cpu.invariant_linear is not None
     weight = numbers(256, 1000, dtype=dtype)
-    few, more = (MANY_ROWS, MANY_ROWS) if most == ANY_ROWS else (most, most + 1)
-    for num_rows, form in ((few, cpu.invariant_linear), (more, cpu.invariant_linear if few == more else reference.linear)):
+    own = ops_module._RustKernels(_core).linear
+    few_and_more = ((most, cpu.invariant_linear), (most + 1, reference.linear))
+    for num_rows, form in ((MANY_ROWS, own),) if most == ANY_ROWS else few_and_more:
         x = numbers(num_rows, 1000, dtype=dtype)
         out, expected = (poison(num_rows, 256, dtype=dtype) for _ in range(2))
         cpu.linear(x, weight, None, out)

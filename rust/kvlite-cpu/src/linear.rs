@@ -9,7 +9,8 @@
 //! ```
 //!
 //! From a dozen rows on, where a lane takes two registers, four weight rows meet x together (`quads`). A product always
-//! adds the same lanes in the same order, so a row's result depends on that row alone.
+//! adds the same lanes in the same order, so a row's result depends on that row alone. Many rows of bf16 have a form of
+//! their own (`many`), which adds in the same order where that is asked for.
 
 #[cfg(target_arch = "x86_64")]
 mod many;
@@ -68,6 +69,8 @@ pub struct Linear<'a, A, W> {
     pub weight: Rows<'a, W>,
     /// [N].
     pub bias: Option<&'a [W]>,
+    /// Whether a row's bits depend on that row alone; if not, products of many rows may add K straight on.
+    pub invariant: bool,
 }
 
 /// Writes `out` [T, N, 1]; sums in fp32, rounded once.

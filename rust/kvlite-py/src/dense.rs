@@ -25,7 +25,7 @@ fn rows<T: Stored>(name: &'static str, object: Object<'_, '_>) -> PyResult<Array
 
 /// Writes out = x weight^T + bias; see kernels/linear.
 #[pyfunction]
-#[pyo3(signature = (x, weight, bias, out, dtype = "float32", weight_dtype = "float32"))]
+#[pyo3(signature = (x, weight, bias, out, dtype = "float32", weight_dtype = "float32", invariant = true))]
 fn cpu_linear(
     x: Object<'_, '_>,
     weight: Object<'_, '_>,
@@ -33,22 +33,25 @@ fn cpu_linear(
     out: Object<'_, '_>,
     dtype: &str,
     weight_dtype: &str,
+    invariant: bool,
 ) -> PyResult<()> {
+    let operands = (x, weight, bias, out);
     match (dtype, weight_dtype) {
-        ("float32", _) => with_dtype!(weight_dtype, run_linear::<f32>(x, weight, bias, out)),
-        ("bfloat16", "bfloat16") => run_linear::<bf16, bf16>(x, weight, bias, out),
-        ("float16", "float16") => run_linear::<f16, f16>(x, weight, bias, out),
+        ("float32", _) => with_dtype!(weight_dtype, run_linear::<f32>(operands, invariant)),
+        ("bfloat16", "bfloat16") => run_linear::<bf16, bf16>(operands, invariant),
+        ("float16", "float16") => run_linear::<f16, f16>(operands, invariant),
         _ => {
             Err(invalid("dtype", format!("dtype is {dtype:?} beside weights of {weight_dtype:?}: float32 or the same")))
         }
     }
 }
 
+/// x, weight, bias, out.
+type Operands<'a, 'py> = (Object<'a, 'py>, Object<'a, 'py>, Option<Object<'a, 'py>>, Object<'a, 'py>);
+
 fn run_linear<A: Stored + Element, W: Stored + Element>(
-    x: Object<'_, '_>,
-    weight: Object<'_, '_>,
-    bias: Option<Object<'_, '_>>,
-    out: Object<'_, '_>,
+    (x, weight, bias, out): Operands<'_, '_>,
+    invariant: bool,
 ) -> PyResult<()> {
     let py = x.py();
     let x = Array::<A, 2>::new("x", x)?.packed_from(1)?;
@@ -63,6 +66,7 @@ fn run_linear<A: Stored + Element, W: Stored + Element>(
             x: Rows::new("x", x.slice(), [num_rows, 1, inputs], x.strides[0])?,
             weight: Rows::new("weight", weight.slice(), [outputs, 1, columns], weight.strides[0])?,
             bias: bias.as_ref().map(Array::slice),
+            invariant,
         };
         let ([num_rows, outputs], [row, _]) = out.layout();
         kvlite_cpu::linear(exec, &args, &mut RowsMut::new("out", out.slice(), [num_rows, outputs, 1], row)?)

@@ -1,8 +1,9 @@
 //! Products of many rows with AVX-512 BF16: a register holds 16 rows of x, weights are broadcast to it.
 //!
-//! The bits are those of `native`. There lane l of a sum adds the pairs l, l + 16, l + 32, ... of K, and then the lanes
-//! are added as a tree. Here a pass adds what one lane would, for 8 weight rows and up to 48 rows of x, and the passes
-//! come in the order in which the tree pairs lanes. Both sides are packed in that order, so that a pass reads straight on:
+//! The bits are those of `native` where `invariant` asks for it. There lane l of a sum adds the pairs l, l + 16, ... of
+//! K, and then the lanes are added as a tree. Here a pass adds what one lane would, for 8 weight rows and up to 48 rows
+//! of x, and the passes come in the order in which the tree pairs lanes. Both sides are packed in that order, so that a
+//! pass reads straight on. Without `invariant` a sum goes on from pass to pass instead (up to 1.08x at K = 896):
 //!
 //! ```text
 //!   x, once per call            [panel][lane][chunk of K][up to 3 registers of 16 rows]   elements are pairs of K
@@ -24,8 +25,8 @@ use crate::{Element, Exec, Rows, RowsMut, bf16};
 
 /// With fewer rows many lanes may be empty; at 32 rows the two loops are equally fast (Zen 4).
 pub(super) const FEWEST_ROWS: usize = 33;
-/// Rows of x that are packed at once.
-const BLOCK_ROWS: usize = 1024;
+/// Rows of x that are packed at once: whole panels; more are slower, because they leave the second-level cache.
+const BLOCK_ROWS: usize = 288;
 /// Registers of rows in a panel: with 8 weight rows, 24 sums, 3 of x and a weight take 28 of 32 registers.
 const PANEL: usize = 3;
 /// Weight rows of a tile.
@@ -193,7 +194,11 @@ fn block<A: Element, W: Element, const R: usize>(
         for (ahead, row) in ahead.iter_mut().zip(next) {
             *ahead = W::as_bf16(args.weight.row(row)).expect("the weights are bf16");
         }
-        add_tile(x, tile, ahead, waiting, sums);
+        if args.invariant {
+            add_tile::<R, true>(x, tile, ahead, waiting, sums);
+        } else {
+            add_tile::<R, false>(x, tile, ahead, waiting, sums);
+        }
     }
     for register in 0..R {
         let mut columns = [_mm512_setzero_si512(); LANES];
@@ -221,10 +226,11 @@ fn block<A: Element, W: Element, const R: usize>(
 
 /// `sums` of 8 weight rows with a panel; fetches the weights `ahead`, some lines at a time.
 ///
-/// Lanes are added in pairs, pairs in pairs: at each level a sum is `waiting` for the other half.
+/// `BY_LANE`: lanes are added in pairs, pairs in pairs: at each level a sum is `waiting` for the other half. Otherwise
+/// sums go on from lane to lane.
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx2,fma")]
 #[inline(never)] // so that each has the registers to itself
-fn add_tile<const R: usize>(
+fn add_tile<const R: usize, const BY_LANE: bool>(
     x: &[[Pairs; R]],
     weights: &[[i32; TILE]],
     ahead: [&[bf16]; TILE],
@@ -232,11 +238,14 @@ fn add_tile<const R: usize>(
     sums: &mut Sums,
 ) {
     let chunks = weights.len() / LANES;
+    let mut acc = [[_mm512_setzero_ps(); R]; TILE];
     for (at, (x, weights)) in x.chunks_exact(chunks).zip(weights.chunks_exact(chunks)).enumerate() {
         for line in ahead[at / 2].chunks(DOT * LANES).skip(at % 2).step_by(2) {
             fetch::<_MM_HINT_T1, _>(line);
         }
-        let mut acc = [[_mm512_setzero_ps(); R]; TILE];
+        if BY_LANE {
+            acc = [[_mm512_setzero_ps(); R]; TILE];
+        }
         for (x, weights) in x.iter().zip(weights) {
             for (acc, &weight) in acc.iter_mut().zip(weights) {
                 let weight = pairs(_mm512_set1_epi32(weight));
@@ -244,6 +253,9 @@ fn add_tile<const R: usize>(
                     *acc = _mm512_dpbf16_ps(*acc, weight, pairs(x));
                 }
             }
+        }
+        if !BY_LANE {
+            continue;
         }
         let mut level = 0;
         while at >> level & 1 == 1 {
@@ -254,10 +266,14 @@ fn add_tile<const R: usize>(
             }
             level += 1;
         }
-        let target = waiting.get_mut(level).unwrap_or(sums);
-        for (target, acc) in target.iter_mut().zip(acc) {
-            target[..R].copy_from_slice(&acc);
+        if let Some(waiting) = waiting.get_mut(level) {
+            for (waiting, acc) in waiting.iter_mut().zip(acc) {
+                waiting[..R].copy_from_slice(&acc);
+            }
         }
+    }
+    for (sums, acc) in sums.iter_mut().zip(acc) {
+        sums[..R].copy_from_slice(&acc);
     }
 }
 
@@ -280,7 +296,7 @@ fn pairs(pairs: Pairs) -> __m512bh {
     }
 }
 
-/// Calls `put` with each chunk of K of up to 16 rows, turned: the pairs of one lane together; the last chunk ends in zeros.
+/// Calls `put` with each chunk of K of up to 16 rows, turned: the pairs of one lane together; the last ends in zeros.
 #[target_feature(enable = "avx512f,avx512vl,avx2")]
 #[inline]
 fn turn<E: Element>(values: &Rows<'_, E>, rows: &Range<usize>, mut put: impl FnMut(usize, [Pairs; LANES])) {
@@ -294,7 +310,7 @@ fn turn<E: Element>(values: &Rows<'_, E>, rows: &Range<usize>, mut put: impl FnM
         }
         put(chunk, transpose(pairs));
     }
-    if !rows[0].1.is_empty() {
+    if rows[0].0.is_empty() || !rows[0].1.is_empty() {
         for i in 0..LANES {
             pairs[i] = register(&padded(rows[i].1));
         }

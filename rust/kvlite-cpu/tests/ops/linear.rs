@@ -36,20 +36,30 @@ impl<A: Element, W: Element> Problem<A, W> {
             x: Rows::new("x", &self.x, [self.rows, 1, self.inputs], self.inputs + GAP).expect("fits"),
             weight: Rows::new("weight", &self.weight, [self.outputs, 1, self.inputs], self.inputs + GAP).expect("fits"),
             bias: self.bias.as_deref(),
+            invariant: true,
         }
     }
 
-    /// [rows, outputs + GAP].
     fn run(&self, exec: &Exec) -> Vec<A> {
+        self.run_as(exec, true)
+    }
+
+    /// [rows, outputs + GAP].
+    fn run_as(&self, exec: &Exec, invariant: bool) -> Vec<A> {
         let mut out = vec![A::from_f32(f32::NAN); self.rows * (self.outputs + GAP)];
         let mut view = RowsMut::new("out", &mut out, [self.rows, self.outputs, 1], self.outputs + GAP).expect("fits");
-        linear(exec, &self.args(), &mut view).expect("valid arguments");
+        linear(exec, &Linear { invariant, ..self.args() }, &mut view).expect("valid arguments");
         out
     }
 
     /// `tolerance` is relative to the sum of the products' sizes.
     fn check(&self, exec: &Exec, tolerance: f64) {
-        let out = self.run(exec);
+        self.check_as(exec, true, tolerance);
+        self.check_as(exec, false, tolerance);
+    }
+
+    fn check_as(&self, exec: &Exec, invariant: bool, tolerance: f64) {
+        let out = self.run_as(exec, invariant);
         let stride = self.inputs + GAP;
         for row in 0..self.rows {
             for n in 0..self.outputs {
@@ -84,7 +94,7 @@ fn check_shapes<A: Element, W: Element>(tolerance: f64) {
         for (rows, inputs, outputs) in [(12, 512, 6), (14, 513, 7), (13, 1030, 9)] {
             Problem::<A, W>::new(rows, inputs, outputs, true).check(&exec, tolerance); // parts of K, ragged quads
         }
-        for (rows, inputs, outputs) in [(33, 31, 9), (48, 64, 16), (50, 100, 33), (65, 32, 1), (1027, 33, 3)] {
+        for (rows, inputs, outputs) in [(33, 31, 9), (48, 64, 16), (50, 100, 33), (65, 32, 1), (291, 33, 3)] {
             Problem::<A, W>::new(rows, inputs, outputs, inputs % 2 == 0).check(&exec, tolerance); // panels of any width
         }
     }
@@ -156,6 +166,9 @@ fn no_rows_no_outputs_and_no_inputs_are_no_fault() {
         Problem::<f32, bf16>::new(2, 0, 4, true).check(&exec, 0.0);
         Problem::<bf16, bf16>::new(1, 0, 4, true).check(&exec, 0.0);
         Problem::<bf16, bf16>::new(2, 0, 4, true).check(&exec, 0.0);
+        Problem::<bf16, bf16>::new(40, 8, 20, false).check(&exec, 5e-3); // leaves something in the buffers
+        Problem::<bf16, bf16>::new(40, 0, 4, true).check(&exec, 0.0);
+        Problem::<bf16, bf16>::new(40, 8, 0, true).check(&exec, 0.0);
     }
 }
 
