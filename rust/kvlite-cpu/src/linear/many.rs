@@ -10,7 +10,7 @@
 //!   16 weight rows, as needed   [tile][lane][chunk of K][8 weight rows]
 //! ```
 //!
-//! The weights stay row by row in memory: a task packs its own into the second-level cache, and each serves every row of
+//! The weights stay row by row in memory: a task packs its own into the second-level cache, and each serves all rows of
 //! x. Called by `linear` from `FEWEST_ROWS` rows on.
 
 use std::arch::x86_64::*;
