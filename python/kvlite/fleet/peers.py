@@ -17,7 +17,7 @@ from kvlite.errors import KvliteError
 from kvlite.fleet.dial import connect
 from kvlite.fleet.link_config import LinkConfig
 from kvlite.fleet.links import Link
-from kvlite.fleet.wire import Channel, LinkDownError, LinkError, Payload
+from kvlite.fleet.wire import Channel, LinkClosedError, LinkDownError, LinkError, Payload
 
 WAITING_MAX = 1024
 """Frames for a link that is being opened."""
@@ -141,7 +141,7 @@ class Peers:
         peer.up = None
 
     async def _read(self, id: int, peer: _Peer, link: Link) -> None:
-        error: Exception = LinkDownError("the other side closed the link")
+        error: Exception = LinkClosedError("the other side closed the link")
         try:
             async for channel, frame, payload in link:
                 if channel is not Channel.MIGRATION:
@@ -165,7 +165,8 @@ class Peers:
         peer = self._peers.pop(id, None)
         if peer is None:
             return
-        log.warning("engine %d: the link to engine %d is down: %s", self._config.engine, id, error)
+        level = logging.INFO if isinstance(error, LinkClosedError) else logging.WARNING
+        log.log(level, "the link to engine %d is down: %s", id, error)
         for link in peer.links:
             link.close()
         if peer.up is not None and not peer.up.done():

@@ -47,7 +47,7 @@ from kvlite.fleet.orders import Orders
 from kvlite.fleet.peers import Peers as PeerLinks
 from kvlite.fleet.speed import Speed, measure
 from kvlite.fleet.uplink import Uplink
-from kvlite.fleet.wire import Channel, LinkDownError, LinkError
+from kvlite.fleet.wire import Channel, LinkClosedError, LinkDownError, LinkError
 
 SETUP_BYTES_MAX = 1 << 20
 FAREWELL_S = 2.0
@@ -237,7 +237,8 @@ def _raise_fault(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         error = task.exception() if task.done() and not task.cancelled() else None
         if isinstance(error, LinkError):
-            log.warning("the link to the front-end ended: %s", error)
+            level = logging.INFO if isinstance(error, LinkClosedError) else logging.WARNING
+            log.log(level, "the link to the front-end ended: %s", error)
         elif error is not None:
             raise error
 
