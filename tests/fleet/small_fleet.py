@@ -1,7 +1,7 @@
 """A whole fleet in one process: the real front-end and real workers over unix sockets, engines over tiny models.
 
 `Fleet.slow` makes every step of every engine take a few milliseconds until `hurry`, so that a request is still running
-when it is moved. `Fleet.at` calls back at a chosen frame of the protocol.
+when it is moved; copies have no pace, because it may be short. `Fleet.at` calls back at a chosen frame of the protocol.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ class Fleet:
     def slow(self) -> None:
         """Engines are slow again."""
         self._hurry.clear()
+
+    @property
+    def is_hurried(self) -> bool:
+        return self._hurry.is_set()
+
+    def wait_a_step(self) -> None:
+        """For an engine's thread."""
+        self._hurry.wait(STEP_S)
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams, name: str = "r", *, reuse: Reuse | None = None
@@ -158,7 +166,7 @@ async def fleet(num: int = 2, *, setup: dict[str, Any] | None = None, **override
 
         config = LinkConfig(engine=OWNER, key=KEY, window_bytes=0)
         listener = await listen(f"unix:{folder}/owner", config, on_link, lambda error: None)
-        common = {"owner": listener.address, "config": {}} | (setup or {})
+        common = {"owner": listener.address, "config": {}, "copy_share": 1.0} | (setup or {})
         setups = [Setup(engine=n, listen=f"unix:{folder}/{n}", **common) for n in range(num)]
         workers = [Worker(one, KEY, each, Speed()) for one, each in zip(setups, engines, strict=True)]
         made = Fleet(front, workers, engines)

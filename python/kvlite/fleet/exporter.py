@@ -23,15 +23,18 @@ from kvlite.errors import EngineError, InvalidRequestError
 from kvlite.fleet import parcel
 from kvlite.fleet.copier import KVCopier
 from kvlite.fleet.live import Live, LiveRequests
+from kvlite.fleet.pace import Pace
 from kvlite.fleet.peers import Peers
 from kvlite.fleet.wire import Payload
 from kvlite.migration import Migration, Moving
 from kvlite.runner.plan import Int32
 
-PART_BYTES = 4 << 20
-"""Payload of one frame: small enough for others to get their turn on the link."""
-SMALL_BYTES = 1 << 20
-"""Blocks that are hashed or stored faster than a thread takes over: the tail, for which a client waits."""
+PART_BYTES = 2 << 20
+"""Payload of one frame, unless a block is larger: hashed and copied in less time than a decode step would notice."""
+SMALL_BYTES = 2 << 20
+"""What is hashed or stored faster than a thread takes over, which wants the GIL as often as an engine's does."""
+COPIED = 2.0
+"""Processor time of a part, in times of its digests: the link copies it, and has a frame to write."""
 
 Effects: TypeAlias = list[tuple[Any, ...]]
 Answer: TypeAlias = Callable[[_core.Mover, int], Effects]
@@ -75,7 +78,7 @@ class Exporter:
     """The moves that leave one engine, by request."""
 
     def __init__(
-        self, engine: AsyncEngine, migration: Migration, copier: KVCopier, live: LiveRequests, peers: Peers
+        self, engine: AsyncEngine, migration: Migration, copier: KVCopier, live: LiveRequests, peers: Peers, pace: Pace
     ) -> None:
         """`migration` is the engine's. Its calls that go to the core alone are made here, beside the steps: the core
         takes one caller at a time. All others run on the engine thread."""
@@ -84,6 +87,7 @@ class Exporter:
         self._copier = copier
         self._live = live
         self._peers = peers
+        self._pace = pace
         self._leaving: dict[int, Leaving] = {}
         try:
             self._rows = copier.pool_rows()
@@ -201,23 +205,30 @@ class Exporter:
         return leaving, leaving.live
 
     async def _copy(self, leaving: Leaving, stage: tuple[int, int, int, int], rows: Int32) -> None:
-        """Sends blocks in parts; returns when their memory is not needed any more. Raises LinkError."""
+        """Sends blocks in parts, those of a request that decodes on at the pace; returns when their memory is not
+        needed any more. Raises LinkError."""
         per_part = max(PART_BYTES // self._copier.block_bytes, 1)
         for part, start in enumerate(range(0, len(rows), per_part)):
+            if leaving.frozen_at is None:
+                await self._pace.turn()
             if leaving.over:
                 raise EngineError("the move is over")
             some = rows[start : start + per_part]
             is_last = start + per_part >= len(rows)
             num_bytes = len(some) * self._copier.block_bytes
             if num_bytes <= SMALL_BYTES:
-                frame, payload = self._part(stage, part, is_last, some)
+                frame, payload, busy_s = self._part(stage, part, is_last, some)
             else:
-                frame, payload = await asyncio.to_thread(self._part, stage, part, is_last, some)
+                frame, payload, busy_s = await asyncio.to_thread(self._part, stage, part, is_last, some)
+            self._pace.took(COPIED * busy_s)
             await self._peers.send(leaving.to, frame, payload)
             leaving.sent_bytes += num_bytes
 
-    def _part(self, stage: tuple[int, int, int, int], part: int, is_last: bool, rows: Int32) -> tuple[bytes, Payload]:
-        """A frame, and where its payload lies."""
+    def _part(
+        self, stage: tuple[int, int, int, int], part: int, is_last: bool, rows: Int32
+    ) -> tuple[bytes, Payload, float]:
+        """A frame, where its payload lies, and the processor time that this took in seconds."""
+        began_s = time.thread_time()
         blocks = np.ascontiguousarray(rows[:, 2])
         keys = np.ascontiguousarray(rows[:, :2])
         payload = self._copier.payload(blocks)
@@ -225,4 +236,5 @@ class Exporter:
         if pool is None:
             pool = np.frombuffer(payload[0], np.uint8).reshape(len(blocks), -1)
             where = np.arange(len(blocks), dtype=np.int32)
-        return _core.encode_blocks(*stage, part, is_last, keys, pool, where), payload
+        frame = _core.encode_blocks(*stage, part, is_last, keys, pool, where)
+        return frame, payload, time.thread_time() - began_s

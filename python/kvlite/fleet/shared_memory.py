@@ -24,7 +24,7 @@ import numpy as np
 from kvlite.fleet.auth import HandshakeError
 from kvlite.fleet.tcp import Wire
 
-INLINE_COPY_BYTES = 1 << 18
+INLINE_COPY_BYTES = 2 << 20
 """Up to here a copy is shorter than handing it to a thread."""
 THROTTLED_PIECE_BYTES = 1 << 20
 MEMORY_MESSAGE_BYTES = 40

@@ -44,6 +44,7 @@ from kvlite.fleet.messages import (
 )
 from kvlite.fleet.mover import Mover
 from kvlite.fleet.orders import Orders
+from kvlite.fleet.pace import Pace
 from kvlite.fleet.peers import Peers as PeerLinks
 from kvlite.fleet.speed import Speed, measure
 from kvlite.fleet.uplink import Uplink
@@ -154,7 +155,8 @@ class Worker:
             freeze_ms=_ms(setup.freeze_s),
             claim_ms=_ms(setup.claim_s),
         )
-        exporter = Exporter(self._engine, self._migration, self._copier, self._live, self._peers)
+        pace = Pace(setup.copy_share if self._startup.device == "cpu" else 1.0)
+        exporter = Exporter(self._engine, self._migration, self._copier, self._live, self._peers, pace)
         importer = Importer(self._engine, self._migration, self._copier, self._live)
         return Mover(machine, exporter, importer, self._peers, uplink)
 
