@@ -12,6 +12,7 @@ import pytest
 from kvlite import FinishReason, InvalidRequestError, Reuse, Segment
 from kvlite.fleet.moves import MoveConflictError, MoveHow
 from tests.engines import engine, essence, ids, pool_of
+from tests.fleet import small_fleet
 from tests.fleet.small_fleet import GREEDY, SEEDED, Fleet, alone, fleet, run, together
 
 PROMPT = ids(50, 3)
@@ -292,9 +293,11 @@ def test_a_stop_string_may_begin_before_the_move_and_end_behind_it() -> None:
     run(main())
 
 
-def test_a_time_limit_holds_across_a_move() -> None:
+def test_a_time_limit_holds_across_a_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_fleet, "STEP_S", 0.05)
+
     async def main() -> None:
-        async with fleet(request_timeout_s=0.4) as made:
+        async with fleet(request_timeout_s=3.0) as made:
             reader = await made.stream(PROMPT, LONG)
             assert await _try_move(made, 1)
             output = await reader.finish()
