@@ -71,6 +71,7 @@ class Reader:
 
     def __init__(self, fleet: FleetEngine, prompt: list[int], num_tokens: int, name: str) -> None:
         self.name = name
+        self.prompt_len = len(prompt)
         self.tokens: list[int] = []
         self.times: list[float] = []
         self._grown = asyncio.Event()
@@ -149,7 +150,6 @@ async def opened(
                     "enable_prefix_caching": engine == SOURCE,
                     "max_num_seqs": config.max_num_seqs,
                     "num_threads": 1,
-                    "deterministic": True,
                 },
                 max_inflight_bytes=1 << 40,
                 **dict.fromkeys(("reserve_s", "ack_s", "freeze_s", "silence_s"), PATIENCE_S),
@@ -199,13 +199,15 @@ async def _all_up(fleet: MovingFleet) -> None:
 
 
 async def _freeze_before(source: exporter.Exporter, request: int, attempt: int) -> None:
-    handle = source._exported(request, attempt)[1].handle
+    leaving, live = source._exported(request, attempt)
+    handle = live.handle
 
     def is_frozen(engine: Engine) -> bool:
         engine.migration.freeze(handle)
         return engine.migration.is_frozen(handle)
 
     await source._engine.call(lambda engine: None, when=is_frozen)
+    leaving.frozen_at = time.monotonic()
 
 
 def _change_worker(bytes_per_s: dict[str, float]) -> None:
@@ -249,6 +251,7 @@ def main() -> int:
     core = cores[-1 if more["last_core"] else 0] if cores else None
     try:
         engine = Engine(EngineConfig(**setup.config), progress=False)  # type: ignore[arg-type]
+        engine.migration.pool.data.zero_()
         asyncio.run(_serve(setup, key, engine, core))
     except KvliteError as error:
         print(f"engine {setup.engine}: {error}", file=sys.stderr)

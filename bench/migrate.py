@@ -13,9 +13,9 @@ steps of the same stream outside its moves. `none` is the longest of as many ste
 copies over shared memory; `_tcp` and `_gbit` (TCP throttled to 1 Gbit/s) name the others. Correctness first: the moved
 streams' tokens are the unmoved one's.
 
-Neighbours decode on both engines while a request of `neighbour_length` tokens leaves. A slow-down is the mean time
-between their tokens from the order to the first token at the destination over that before the order, minus 1;
-`neighbour_delay_ms` is what it added up to per neighbour and move. Intervals: bootstrap over moves, 95 %.
+Neighbours decode on both engines while a request of `neighbour_length` tokens leaves: see neighbours.py for what is
+compared with what. `neighbour_delay_ms` is what a move added up to for each of them. Pools are written once before
+anything is measured: what the system does at the first use of a page is no cost of a move.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ from .embedded import prompts
 from .errors import BenchError
 from .fleet import SOURCE, TRANSPORTS, MovingFleet, Reader, Transport, opened
 from .limits import kv_bytes_per_token
+from .neighbours import CALM, Slowed, Times, slow_down, slowed
 from .options import add_model_options, integers, model_directory, torch_dtype
 from .report import finish, origin
 
 BEFORE = 6
 """Tokens before a move, after as many of the start; and behind it, after those that belong to it."""
+WARM_BYTES = 64 << 20
+"""That go over each link before anything is measured: every page of its memory was used."""
 AFTER = 4
 """Tokens behind a move that still belong to it."""
 ROOM = 512
@@ -51,7 +54,6 @@ NEIGHBOURS = 2
 """Per engine."""
 NEIGHBOUR_PROMPT = 64
 NEIGHBOUR_TOKENS = 4096
-DRAWS = 2000
 NAMES = {1024: "1k", 2048: "2k", 4096: "4k", 8192: "8k", 16384: "16k", 32768: "32k"}
 
 
@@ -117,9 +119,10 @@ class Bench:
         report = await self.fleet.front.move(reader.name, self.fleet.engine_of[transport.name], how)
         if not report.moved or report.source != SOURCE:
             raise BenchError(f"a move over {transport.text} ended with {report.result}: {report.reason}")
-        least = (report.tokens - BEFORE) * self._kv_bytes
+        num_tokens = reader.prompt_len + report.tokens
+        least = (num_tokens - 1) * self._kv_bytes
         if how is MoveHow.COPY and report.bytes < least:
-            raise BenchError(f"a move of {report.tokens} tokens took {report.bytes} bytes along, must be {least}")
+            raise BenchError(f"a move of {num_tokens} tokens took {report.bytes} bytes along, must be {least}")
         return report
 
     async def check(self, streams: Streams) -> int:
@@ -200,49 +203,47 @@ def _figures(length: int, found: dict[tuple[str, str], list[Move]]) -> dict[str,
     return figures
 
 
-@dataclass(frozen=True)
-class Slowed:
-    """What one move was like for one neighbour: seconds per token before and meanwhile, and how many came meanwhile."""
-
-    before_s: float
-    meanwhile_s: float
-    num_tokens: int
-
-
 async def neighbours(bench: Bench, config: ModelConfig, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """Slow-down of requests that stay, on both engines, while one of `length` tokens moves over each transport."""
     figures: dict[str, Any] = {"neighbour_length": length, "neighbours": NEIGHBOURS, "neighbour_moves": options.moves}
     for transport in bench.transports:
         found = await _beside(bench, config, length, transport, options.moves)
-        slow, low, high = slow_down(found, random.Random(1))
-        delay = statistics.mean((one.meanwhile_s - one.before_s) * one.num_tokens for move in found for one in move)
         name = _suffix(transport.name)
-        figures |= {
-            f"neighbour_slowdown_pct{name}": round(slow * 100, 1),
-            f"neighbour_slowdown_pct{name}_low": round(low * 100, 1),
-            f"neighbour_slowdown_pct{name}_high": round(high * 100, 1),
-            f"neighbour_delay_ms{name}": round(delay * 1e3, 1),
-        }
-        print(
-            f"neighbours over {transport.text}: {slow * 100:.1f} % slower while it moves "
-            f"[{low * 100:.1f}, {high * 100:.1f}], {delay * 1e3:.1f} ms per move in all", flush=True
-        )  # fmt: skip
+        for where, some in (
+            ("", found),
+            ("_source", [move[::2] for move in found]),
+            ("_destination", [move[1::2] for move in found]),
+        ):
+            slow, low, high = slow_down(some, random.Random(1))
+            delay = statistics.mean(one.took_s - one.expected_s for move in some for one in move)
+            figures |= {
+                f"neighbour_slowdown_pct{where}{name}": round(slow * 100, 1),
+                f"neighbour_slowdown_pct{where}{name}_low": round(low * 100, 1),
+                f"neighbour_slowdown_pct{where}{name}_high": round(high * 100, 1),
+                f"neighbour_delay_ms{where}{name}": round(delay * 1e3, 1),
+            }
+            print(
+                f"neighbours{where.replace('_', ' at the ')} over {transport.text}: {slow * 100:.1f} % slower while it "
+                f"moves [{low * 100:.1f}, {high * 100:.1f}], {delay * 1e3:.1f} ms per move in all", flush=True
+            )  # fmt: skip
     return figures
 
 
 async def _beside(
     bench: Bench, config: ModelConfig, length: int, transport: Transport, num_moves: int
 ) -> list[list[Slowed]]:
-    """Per move, each neighbour; every other one is moved to the destination first."""
+    """Per move, each neighbour; every other one is moved to the destination first. The first move is not counted: an
+    engine prepares itself for a batch as large as it has not had."""
     staying: list[Reader] = []
+    num_tokens = min(NEIGHBOUR_TOKENS, config.max_position_embeddings - NEIGHBOUR_PROMPT)
     try:
         for n, prompt in enumerate(prompts(config, 2 * NEIGHBOURS, NEIGHBOUR_PROMPT, seed=3)):
-            reader = bench.read(prompt, NEIGHBOUR_TOKENS)
+            reader = bench.read(prompt, num_tokens)
             staying.append(reader)
             await reader.reached(1)
             if n % 2:
                 await bench.order(reader, transport, MoveHow.COPY)
-        return [await _once(bench, length, transport, staying) for _ in range(num_moves)]
+        return [await _once(bench, length, transport, staying) for _ in range(1 + num_moves)][1:]
     finally:
         for reader in staying:
             await reader.leave()
@@ -252,35 +253,18 @@ async def _once(bench: Bench, length: int, transport: Transport, staying: Sequen
     subject = bench.read(bench.prompt[:length])
     await subject.reached(2)
     since = time.perf_counter()
-    await subject.reached(2 + 2 * BEFORE)
+    await subject.reached(2 + CALM)
     ordered = time.perf_counter()
     await bench.order(subject, transport, MoveHow.COPY)
     over = time.perf_counter()
-    counts = [len(reader.times) for reader in staying]
-    for reader, count in zip(staying, counts, strict=True):
-        await reader.reached(count + 1)
+    await subject.reached(len(subject.times) + CALM)
+    until = time.perf_counter()
+    for reader in staying:
+        await reader.reached(len(reader.times) + 1)
     await subject.leave()
-    return [_slowed(reader.times, since, ordered, over) for reader in staying]
-
-
-def _slowed(times: Sequence[float], since: float, ordered: float, over: float) -> Slowed:
-    """Whole steps: those that began before the order, and those that began while the move ran."""
-    steps = [(before, after - before) for before, after in pairwise(times) if after > before]
-    before = [step for at, step in steps if since <= at and at + step <= ordered]
-    meanwhile = [step for at, step in steps if at < over and at + step > ordered]
-    return Slowed(statistics.mean(before), statistics.mean(meanwhile), len(meanwhile))
-
-
-def slow_down(moves: Sequence[Sequence[Slowed]], draw: random.Random) -> tuple[float, float, float]:
-    """(mean, low, high) of the slow-down: time that tokens took meanwhile over what they would have taken, minus 1."""
-
-    def of(some: Sequence[Sequence[Slowed]]) -> float:
-        each = [one for move in some for one in move]
-        took = sum(one.meanwhile_s * one.num_tokens for one in each)
-        return took / sum(one.before_s * one.num_tokens for one in each) - 1
-
-    drawn = sorted(of(draw.choices(moves, k=len(moves))) for _ in range(DRAWS))
-    return of(moves), drawn[round(DRAWS * 0.025)], drawn[round(DRAWS * 0.975) - 1]
+    landed = min(range(1, len(subject.times)), key=lambda n: abs(subject.times[n] - over))  # ends the move
+    at = Times(since, ordered, subject.times[landed - 1], subject.times[landed], over, until)
+    return [slowed(reader.times, at, stays_at_source=n % 2 == 0) for n, reader in enumerate(staying)]
 
 
 def _short(length: int) -> str:
@@ -310,7 +294,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192", help="tokens when it moves")
     parser.add_argument("--replays", default="256,8192", help="lengths that are also replayed; 0: none")
     parser.add_argument("--rounds", type=int, default=3, help="live moves of each kind; half as many blocking ones")
-    parser.add_argument("--moves", type=int, default=8, help="moves beside neighbours, per transport; 0: none")
+    parser.add_argument("--moves", type=int, default=16, help="moves beside neighbours, per transport; 0: none")
     parser.add_argument("--neighbour-length", type=int, default=2048, help="tokens of the request that leaves them")
     parser.add_argument("--transports", default=",".join(TRANSPORTS), help="separated by commas")
     options = parser.parse_args(arguments)
@@ -344,7 +328,8 @@ async def measure(options: argparse.Namespace, config: ModelConfig, kv_bytes: in
         figures: dict[str, Any] = {"prefill_s": round(seconds, 1)}
         warm = Streams(prompt)
         for transport in transports:
-            await bench.journey(longest, transport, MoveHow.COPY, warm)
+            for _ in range(-(-WARM_BYTES // (longest * kv_bytes))):
+                await bench.journey(longest, transport, MoveHow.COPY, warm)
         for length in options.lengths:
             figures |= await gaps(bench, length, options, replays=length in options.replays)
         figures |= ratios(options.lengths, figures)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 
 from bench import migrate
 from bench.errors import BenchError
-from bench.migrate import Slowed
 from kvlite.fleet.moves import MoveHow, MoveReport
 
 REPORT = MoveReport(
@@ -30,20 +28,6 @@ def test_a_wait_before_the_order_is_no_gap_of_the_move() -> None:
     move = migrate._seen(times, ordered=18.5, num_tokens=12, report=replace(REPORT, tokens=12))
     assert move.gap_s == 1.0
     assert move.step_s == 1.0
-
-
-def test_a_slow_down_weighs_steps_and_its_interval_holds_it() -> None:
-    moves = [[Slowed(1.0, 1.1, 3), Slowed(2.0, 2.0, 1)], [Slowed(1.0, 1.3, 1)]]
-    slow, low, high = migrate.slow_down(moves, random.Random(1))
-    assert slow == pytest.approx((3.3 + 2.0 + 1.3) / (3.0 + 2.0 + 1.0) - 1)
-    assert low <= slow <= high
-    same, low, high = migrate.slow_down([[Slowed(1.0, 1.0, 4)]] * 5, random.Random(1))
-    assert same == low == high == 0.0
-
-
-def test_the_steps_of_a_neighbour_belong_to_the_move_when_they_overlap_it() -> None:
-    times = [0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 8.0]
-    assert migrate._slowed(times, since=0.0, ordered=3.5, over=6.0) == Slowed(1.0, 2.0, 2)
 
 
 def test_lengths_and_transports_are_checked() -> None:
