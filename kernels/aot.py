@@ -43,7 +43,7 @@ _KERNELS = (
 )
 # Everything else that ends in _ptr points at the model's dtype; other arguments are i32 unless named here.
 _POINTERS = {
-    "*i32": "table start context seq_row last position rows slot source target part_id top_k token",
+    "*i32": "table start context seq_row last group member position rows slot source target part_id top_k token",
     "*fp32": "lse part_lse part mass cos sin logits temperature top_p log_min_p top threshold",
 }
 _FLOATS = ("scale", "scale_log2", "eps")
@@ -73,13 +73,16 @@ def _attention_cases() -> Iterator[Case]:
         for head_dim, group in ((64, 4), (64, 7), (128, 4), (128, 8)):
             shape = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim}
             tiles = {**shape, "GROUP": group, "BLOCK_SIZE": 16, "PRECISION": "ieee" if name == "fp32" else "tf32"}
-            splits = {"ALL_ROWS": True, "SPLIT": attention.SPLIT, "MAX_SPLITS": attention.MAX_SPLITS}
+            splits = {"ALL_ROWS": True, "SPLIT": attention.SPLIT, "MAX_SPLITS": attention.max_splits(1 << 15)}
             for windowed in (False, True) if (name, head_dim, group) == ("bf16", 128, 4) else (False,):
                 label = f"d{head_dim}_g{group}_{name}" + ("_window" if windowed else "")
                 prefill = {**tiles, **attention.prefill_config(dtype, head_dim, group), "WINDOWED": windowed}
                 decode = {**tiles, **splits, **attention.decode_config(dtype, head_dim, group, windowed)}
                 yield Case(f"attention_prefill_{label}", attention.prefill_kernel, name, {**prefill, "BLOCK_SEQS": 256})
-                yield Case(f"attention_decode_{label}", attention.decode_kernel, name, {**decode, "WINDOWED": windowed})
+                for grouped in (False,) if windowed else (False, True):
+                    decode |= {"WINDOWED": windowed, "GROUPED": grouped}
+                    case = f"attention_decode_{label}" + ("_grouped" if grouped else "")
+                    yield Case(case, attention.decode_kernel, name, dict(decode))
         for head_dim in (64, 128):
             shape = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "WINDOWED": False, "num_warps": 4}
             yield Case(f"attention_merge_d{head_dim}_{name}", attention.merge_kernel, name, {**shape, **splits})

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 SPLIT = 256
-MAX_SPLITS = 32
 # Decode programs aimed at per launch: four waves of an H200's 132 multiprocessors at four programs each.
 _DECODE_PROGRAMS = 132 * 16
 _LOG2_E = 1.4426950408889634
@@ -125,58 +124,132 @@ def prefill_kernel(
 
 
 @triton.jit
+def _whole_splits(units, MAX_SPLITS: tl.constexpr):
+    """Splits that end within `units` times SPLIT keys: 32 of one unit, then 16 of each size that is twice the last."""
+    octave = 0
+    for size in tl.static_range(MAX_SPLITS // 16 - 1):
+        octave += (units > (32 << size)).to(tl.int32)
+    return (units >> octave) + 16 * octave
+
+
+@triton.jit
+def _split_start(split, SPLIT: tl.constexpr):
+    """Keys before a split, counted from split 0: the same for every row, so that rows may share splits."""
+    octave = tl.maximum(split // 16 - 1, 0)
+    return ((split - 16 * octave) * SPLIT) << octave
+
+
+@triton.jit
 def _row_splits(last, context, window, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """(first visible key, end, key where split 0 starts, keys per split, splits): functions of this row alone."""
+    """(first visible key, end, key where split 0 starts, splits): functions of this row alone."""
     end_key = tl.maximum(tl.minimum(last + 1, context), 0)
     start_key = 0
     if WINDOWED:
         start_key = tl.maximum(last - window + 1, 0)
     origin = start_key // SPLIT * SPLIT
-    segments = tl.maximum(tl.cdiv(end_key, SPLIT) - start_key // SPLIT, 0)
-    keys_per_split = tl.maximum(tl.cdiv(segments, MAX_SPLITS), 1) * SPLIT
-    return start_key, end_key, origin, keys_per_split, tl.cdiv(tl.maximum(end_key - origin, 0), keys_per_split)
+    num_keys = tl.maximum(end_key - origin, 0)
+    splits = _whole_splits(num_keys // SPLIT, MAX_SPLITS)
+    return start_key, end_key, origin, splits + (_split_start(splits, SPLIT) < num_keys).to(tl.int32)
 
 
 @triton.jit
+def _entry_of(seq, member_ptr, num_entries, BLOCK: tl.constexpr):
+    """The first entry of group_seqs that names a sequence; num_entries = none."""
+    found = num_entries
+    for base in range(0, num_entries, BLOCK):
+        entry = base + tl.arange(0, BLOCK)
+        member = tl.load(member_ptr + entry, mask=entry < num_entries, other=-1)
+        found = tl.minimum(found, tl.min(tl.where(member == seq, entry, num_entries), 0))
+    return found
+
+
+@triton.jit
+def _group_at(entry, group_ptr, num_groups, BLOCK: tl.constexpr):
+    """(first entry, end, shared keys) of the prefix group that has an entry of group_seqs; all 0 = none has."""
+    found = -1
+    for base in range(0, num_groups, BLOCK):
+        group = base + tl.arange(0, BLOCK)
+        first = tl.load(group_ptr + group * 3, mask=group < num_groups, other=0)
+        count = tl.load(group_ptr + group * 3 + 1, mask=group < num_groups, other=0)
+        found = tl.maximum(found, tl.max(tl.where((first <= entry) & (entry < first + count), group, -1), 0))
+    first = tl.load(group_ptr + found * 3, mask=found >= 0, other=0)
+    count = tl.load(group_ptr + found * 3 + 1, mask=found >= 0, other=0)
+    return first, first + count, tl.load(group_ptr + found * 3 + 2, mask=found >= 0, other=0)
+
+
+@triton.jit(do_not_specialize=["num_groups", "num_entries"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, start_ptr, context_ptr, seq_row_ptr, last_ptr, part_ptr, part_lse_ptr,
-    num_heads, q_row_stride, q_head_stride, table_stride,
+    q_ptr, k_ptr, v_ptr, table_ptr, start_ptr, context_ptr, seq_row_ptr, last_ptr, group_ptr, member_ptr,
+    part_ptr, part_lse_ptr, num_groups, num_entries, num_heads, q_row_stride, q_head_stride, table_stride,
     k_block_stride, k_slot_stride, k_head_stride, v_block_stride, v_slot_stride, v_head_stride, scale_log2, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr, ALL_ROWS: tl.constexpr, SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Splits program_id(2), + num_programs(2), ... of one sequence and KV head; each split's partial is stored."""
-    seq = tl.program_id(0).to(tl.int64)
+    """Splits of one KV head: program_id(2), + num_programs(2), ...; each row's partial of each split is stored.
+
+    Program 0..num_entries of axis 0: shared splits of the BLOCK_M // GROUP members of a group from that entry on, or
+    nothing; the others: one sequence each, in the same tile, without the splits that its group has. One loop for both:
+    a row's arithmetic, and so its bits, are those that it has alone.
+    """
+    TILE_SEQS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1).to(tl.int64)
-    row_start = tl.load(start_ptr + seq).to(tl.int64)
-    row_end = tl.load(start_ptr + seq + 1).to(tl.int64)
-    if not ALL_ROWS:
-        row_end = tl.where(row_end - row_start == 1, row_end, row_start)
-    context = tl.load(context_ptr + seq)
-    table_row = table_ptr + tl.load(seq_row_ptr + seq).to(tl.int64) * table_stride
-    k_base = k_ptr + kv_head * k_head_stride
-    v_base = v_ptr + kv_head * v_head_stride
     m = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
-    head = kv_head * GROUP + m
-    row_mask = (m < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    head = kv_head * GROUP + m % GROUP
+    leader = tl.program_id(0) - num_entries
+    seq = tl.where(m < GROUP, leader, -1)
+    shared_splits = 0
+    is_shared = leader < 0
+    if GROUPED:
+        entry = tl.program_id(0)
+        if leader >= 0:
+            entry = _entry_of(leader, member_ptr, num_entries, 128)
+        first_entry, end_entry, shared_keys = _group_at(entry, group_ptr, num_groups, 128)
+        shared_splits = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
+        if is_shared:
+            # Most entries lead no tile.
+            end_entry = tl.where((entry - first_entry) % TILE_SEQS == 0, end_entry, 0)
+            place = entry + m // GROUP
+            seq = tl.load(member_ptr + place, mask=(m < TILE_SEQS * GROUP) & (place < end_entry), other=-1)
+            leader = tl.max(tl.where(m == 0, seq, -1), 0)
+    if leader < 0:
+        return
 
-    for row in range(row_start, row_end):
-        row_last = tl.load(last_ptr + row)
-        last = tl.zeros((BLOCK_M,), dtype=tl.int32) + row_last
-        start_key, end_key, origin, keys_per_split, num_splits = _row_splits(
-            row_last, context, window, WINDOWED, SPLIT, MAX_SPLITS
+    row_start = tl.load(start_ptr + seq, mask=seq >= 0, other=0).to(tl.int64)
+    num_rows = tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) - row_start
+    # Who brings several rows is no member: a tile has room for one of each.
+    several = 1 if ALL_ROWS and not is_shared else 0
+    num_rows = tl.where((num_rows == 1) | (several > 0), num_rows, 0)
+    most_rows = tl.max(num_rows, 0)
+    context = tl.load(context_ptr + leader)
+    table_row = table_ptr + tl.load(seq_row_ptr + leader).to(tl.int64) * table_stride
+    k_base = k_ptr + kv_head * k_head_stride
+    v_base = v_ptr + kv_head * v_head_stride
+
+    for step in range(most_rows):
+        used = (seq >= 0) & (step < num_rows)
+        row = row_start + step
+        row_mask = used[:, None] & (dim < HEAD_DIM)[None, :]
+        last = tl.load(last_ptr + row, mask=used, other=-1)
+        start_key, end_key, origin, end_split = _row_splits(
+            tl.max(last, 0), context, window, WINDOWED, SPLIT, MAX_SPLITS
         )
-        q_ptrs = q_ptr + row * q_row_stride + (head * q_head_stride)[:, None] + dim[None, :]
+        split_from = tl.program_id(2)
+        if GROUPED:
+            if is_shared:
+                end_split = shared_splits
+            elif most_rows == 1:
+                split_from += shared_splits
+        q_ptrs = q_ptr + (row * q_row_stride + head * q_head_stride)[:, None] + dim[None, :]
         q = tl.load(q_ptrs, mask=row_mask, other=0.0)
-        part_row = (row if ALL_ROWS else seq) * MAX_SPLITS
-        for split in range(tl.program_id(2), num_splits, tl.num_programs(2)):
+        part_row = (row if ALL_ROWS else seq.to(tl.int64)) * MAX_SPLITS
+        for split in range(split_from, end_split, tl.num_programs(2)):
             acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
             top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
             total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            split_start = origin + split * keys_per_split
-            split_end = tl.minimum(split_start + keys_per_split, end_key)
+            split_start = origin + _split_start(split, SPLIT)
+            split_end = tl.minimum(origin + _split_start(split + 1, SPLIT), end_key)
             for first in range(split_start, split_end, BLOCK_N):
                 acc, top, total = _attend_block(
                     q, acc, top, total, first, last, start_key, split_end, k_base, v_base, table_row,
@@ -186,7 +259,7 @@ def decode_kernel(
             out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             part = (part_row + split) * num_heads + head
             tl.store(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], out, mask=row_mask)
-            tl.store(part_lse_ptr + part, top + tl.log2(total), mask=m < GROUP)
+            tl.store(part_lse_ptr + part, top + tl.log2(total), mask=used)
 
 
 @triton.jit
@@ -196,7 +269,7 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOWED: tl.constexpr, ALL_ROWS: tl.constexpr,
     SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Splits of one sequence and query head, summed in one order that MAX_SPLITS alone fixes."""
+    """Splits of one sequence and query head, 32 at a time in ascending order, whoever computed them."""
     seq = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row_start = tl.load(start_ptr + seq).to(tl.int64)
@@ -205,18 +278,26 @@ def merge_kernel(
         row_end = tl.where(row_end - row_start == 1, row_end, row_start)
     context = tl.load(context_ptr + seq)
     dim = tl.arange(0, BLOCK_D)
-    split = tl.arange(0, MAX_SPLITS)
     for row in range(row_start, row_end):
-        _, _, _, _, num_splits = _row_splits(tl.load(last_ptr + row), context, window, WINDOWED, SPLIT, MAX_SPLITS)
-        part = ((row if ALL_ROWS else seq) * MAX_SPLITS + split) * num_heads + head
-        part_lse = tl.load(part_lse_ptr + part, mask=split < num_splits, other=float("-inf"))
-        mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
-        values = tl.load(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-        top = tl.max(part_lse, 0)
-        weight = tl.exp2(part_lse - tl.where(top == float("-inf"), 0.0, top))
-        total = tl.sum(weight, 0)
-        out = tl.sum(values * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+        _, _, _, num_splits = _row_splits(tl.load(last_ptr + row), context, window, WINDOWED, SPLIT, MAX_SPLITS)
+        out = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        top = float("-inf")
+        total = 0.0
+        for base in range(0, num_splits, 32):
+            split = base + tl.arange(0, 32)
+            part = ((row if ALL_ROWS else seq) * MAX_SPLITS + split) * num_heads + head
+            part_lse = tl.load(part_lse_ptr + part, mask=split < num_splits, other=float("-inf"))
+            mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
+            values = tl.load(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+            new_top = tl.maximum(top, tl.max(part_lse, 0))
+            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weight = tl.exp2(part_lse - reference)
+            fade = tl.exp2(top - reference)
+            total = total * fade + tl.sum(weight, 0)
+            out = out * fade + tl.sum(values * weight[:, None], 0)
+            top = new_top
         out_ptrs = out_ptr + row * out_row_stride + head * out_head_stride + dim
+        out = out / tl.where(total == 0.0, 1.0, total)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
         tl.store(lse_ptr + row * lse_row_stride + head, (top + tl.log2(total)) * _LN_2)
 
@@ -264,7 +345,8 @@ def attention(
 ) -> None:
     """As `reference.attention`. One launch pair for one-row sequences, one more when T > S; no host synchronisation.
 
-    Groups are not used yet: every sequence reads its own keys.
+    A group's shared splits are read once for as many of its one-row members as a tile of `decode_kernel` holds; where
+    that is one, and in the rows of longer chunks, each reads its own.
     The last dimension of every tensor is contiguous. Scratch: min(T, S) * max_splits * H * (D + 1) floats.
     """
     assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == out.stride(-1) == lse.stride(-1) == 1
@@ -302,10 +384,15 @@ def attention(
     part = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
     workers = min(splits["MAX_SPLITS"], triton.cdiv(_DECODE_PROGRAMS, num_seqs * kv_heads))
-    decode_kernel[(num_seqs, kv_heads, workers)](
-        *inputs, part, part_lse, num_heads, q.stride(0), q.stride(1), block_table.stride(0),
+    config = decode_config(q.dtype, head_dim, group, window > 0)
+    tables, sizes = (query_start, query_start), (0, 0)
+    if prefix_group is not None and group_seqs is not None and not window and config["BLOCK_M"] >= 2 * group:
+        assert prefix_group.is_contiguous() and group_seqs.is_contiguous()
+        tables, sizes = (prefix_group, group_seqs), (prefix_group.shape[0], group_seqs.shape[0])
+    decode_kernel[(sizes[1] + num_seqs, kv_heads, workers)](
+        *inputs, *tables, part, part_lse, *sizes, num_heads, q.stride(0), q.stride(1), block_table.stride(0),
         *cache_strides, scale * _LOG2_E, window,
-        **shape, **tiles, **splits, **decode_config(q.dtype, head_dim, group, window > 0),
+        GROUPED=tables[0] is prefix_group, **shape, **tiles, **splits, **config,
     )  # fmt: skip
     merge_kernel[(num_seqs, num_heads)](
         part, part_lse, query_start, context_len, last_key, out, lse,
@@ -314,5 +401,7 @@ def attention(
 
 
 def max_splits(table_keys: int) -> int:
-    """Splits that a row may have when a block table holds `table_keys` keys: a power of two, at most MAX_SPLITS."""
-    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(table_keys, SPLIT)))
+    """Splits that a row may have when a block table holds `table_keys` keys: 32 up to 8,192, 16 more for each double."""
+    units = triton.cdiv(table_keys, SPLIT)
+    octave = max(0, (units - 1).bit_length() - 5)
+    return triton.cdiv(units, 1 << octave) + 16 * octave
