@@ -77,7 +77,7 @@ def _attention_cases() -> Iterator[Case]:
             for windowed in (False, True) if (name, head_dim, group) == ("bf16", 128, 4) else (False,):
                 label = f"d{head_dim}_g{group}_{name}" + ("_window" if windowed else "")
                 prefill = {**tiles, **attention.prefill_config(dtype, head_dim, group), "WINDOWED": windowed}
-                decode = {**tiles, **splits, **attention.decode_config(dtype, head_dim, group, windowed)}
+                decode = {**tiles, **splits, **attention.decode_config(dtype, head_dim, group)}
                 yield Case(f"attention_prefill_{label}", attention.prefill_kernel, name, {**prefill, "BLOCK_SEQS": 256})
                 for grouped in (False,) if windowed else (False, True):
                     decode |= {"WINDOWED": windowed, "GROUPED": grouped}

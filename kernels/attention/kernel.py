@@ -1,8 +1,8 @@
 """Paged attention in Triton: a prefill kernel, a decode kernel with split keys, and the merge of its splits.
 
 Knows tensors only; never reads device memory from the host, so a call can be captured in a CUDA graph. A row's bits
-depend on its own keys, and on whether its sequence brings one row (decode) or more (prefill), never on other sequences.
-Addresses are int64. Called through `kvlite.ops` (backend "triton"), tests and `kernels/aot.py`.
+depend on its own keys, and on whether its sequence brings one row (decode) or more (prefill), never on other sequences
+nor on who shares a prefix with it. Addresses are int64. Called through `kvlite.ops` (backend "triton"), tests and `kernels/aot.py`.
 """
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 SPLIT = 256
 # Decode programs aimed at per launch: four waves of an H200's 132 multiprocessors at four programs each.
 _DECODE_PROGRAMS = 132 * 16
+_SEARCH: tl.constexpr = tl.constexpr(128)
 _LOG2_E = 1.4426950408889634
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -153,22 +154,46 @@ def _row_splits(last, context, window, WINDOWED: tl.constexpr, SPLIT: tl.constex
 
 
 @triton.jit
-def _entry_of(seq, member_ptr, num_entries, BLOCK: tl.constexpr):
+def _row_of(index, start_ptr, num_seqs, ALL_ROWS: tl.constexpr):
+    """(row, its sequence, rows of that): row `index`, or without ALL_ROWS the only one of a sequence; 0 rows = none."""
+    seq = index
+    if ALL_ROWS and (tl.load(start_ptr + index) != index) | (tl.load(start_ptr + index + 1) != index + 1):
+        seq = _last_at_most(index, start_ptr, num_seqs)
+    first = tl.load(start_ptr + seq, mask=seq >= 0, other=0)
+    num_rows = tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) - first
+    if ALL_ROWS:
+        return index, seq, tl.where(index < first + num_rows, num_rows, 0)
+    return first, seq, tl.where(num_rows == 1, 1, 0)
+
+
+@triton.jit
+def _last_at_most(value, ptr, size):
+    """Index of the last of `size` ascending values that is no larger than `value`; -1 = none."""
+    found = -1
+    for base in range(0, size, _SEARCH):
+        index = base + tl.arange(0, _SEARCH)
+        is_one = (index < size) & (tl.load(ptr + index, mask=index < size, other=0) <= value)
+        found += tl.sum(is_one.to(tl.int32), 0)
+    return found
+
+
+@triton.jit
+def _entry_of(seq, member_ptr, num_entries):
     """The first entry of group_seqs that names a sequence; num_entries = none."""
     found = num_entries
-    for base in range(0, num_entries, BLOCK):
-        entry = base + tl.arange(0, BLOCK)
+    for base in range(0, num_entries, _SEARCH):
+        entry = base + tl.arange(0, _SEARCH)
         member = tl.load(member_ptr + entry, mask=entry < num_entries, other=-1)
         found = tl.minimum(found, tl.min(tl.where(member == seq, entry, num_entries), 0))
     return found
 
 
 @triton.jit
-def _group_at(entry, group_ptr, num_groups, BLOCK: tl.constexpr):
+def _group_at(entry, group_ptr, num_groups):
     """(first entry, end, shared keys) of the prefix group that has an entry of group_seqs; all 0 = none has."""
     found = -1
-    for base in range(0, num_groups, BLOCK):
-        group = base + tl.arange(0, BLOCK)
+    for base in range(0, num_groups, _SEARCH):
+        group = base + tl.arange(0, _SEARCH)
         first = tl.load(group_ptr + group * 3, mask=group < num_groups, other=0)
         count = tl.load(group_ptr + group * 3 + 1, mask=group < num_groups, other=0)
         found = tl.maximum(found, tl.max(tl.where((first <= entry) & (entry < first + count), group, -1), 0))
@@ -177,129 +202,121 @@ def _group_at(entry, group_ptr, num_groups, BLOCK: tl.constexpr):
     return first, first + count, tl.load(group_ptr + found * 3 + 2, mask=found >= 0, other=0)
 
 
-@triton.jit(do_not_specialize=["num_groups", "num_entries"])
+@triton.jit(do_not_specialize=["num_seqs", "num_groups", "num_entries"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, start_ptr, context_ptr, seq_row_ptr, last_ptr, group_ptr, member_ptr,
-    part_ptr, part_lse_ptr, num_groups, num_entries, num_heads, q_row_stride, q_head_stride, table_stride,
+    part_ptr, part_lse_ptr, num_seqs, num_groups, num_entries, num_heads, q_row_stride, q_head_stride, table_stride,
     k_block_stride, k_slot_stride, k_head_stride, v_block_stride, v_slot_stride, v_head_stride, scale_log2, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr, ALL_ROWS: tl.constexpr, SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Splits of one KV head: program_id(2), + num_programs(2), ...; each row's partial of each split is stored.
+    """Splits program_id(2), + num_programs(2), ... of one KV head; each row's partial of each split is stored.
 
-    Program 0..num_entries of axis 0: shared splits of the BLOCK_M // GROUP members of a group from that entry on, or
-    nothing; the others: one sequence each, in the same tile, without the splits that its group has. One loop for both:
-    a row's arithmetic, and so its bits, are those that it has alone.
+    The first num_entries programs of axis 0 take the shared splits of BLOCK_M // GROUP members of a group, from that
+    entry of group_seqs on, or nothing. Each other takes one row, in the same tile, less the splits that its group has.
+    One loop serves both, so that a row's arithmetic is what it is alone.
     """
     TILE_SEQS: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(1).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    head = kv_head * GROUP + m % GROUP
-    leader = tl.program_id(0) - num_entries
-    seq = tl.where(m < GROUP, leader, -1)
+    index = tl.program_id(0) - num_entries
     shared_splits = 0
-    is_shared = leader < 0
-    if GROUPED:
+    if index < 0:
         entry = tl.program_id(0)
-        if leader >= 0:
-            entry = _entry_of(leader, member_ptr, num_entries, 128)
-        first_entry, end_entry, shared_keys = _group_at(entry, group_ptr, num_groups, 128)
+        first_entry, end_entry, shared_keys = _group_at(entry, group_ptr, num_groups)
+        end_entry = tl.where((entry - first_entry) % TILE_SEQS == 0, end_entry, 0)
+        place = entry + m // GROUP
+        seq = tl.load(member_ptr + place, mask=(m < TILE_SEQS * GROUP) & (place < end_entry), other=-1)
+        leader = tl.max(tl.where(m == 0, seq, -1), 0)
+        row = tl.load(start_ptr + seq, mask=seq >= 0, other=0)
+        # Who brings several rows is no member: a tile has room for one of each.
+        used = (seq >= 0) & (tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) == row + 1)
         shared_splits = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
-        if is_shared:
-            # Most entries lead no tile.
-            end_entry = tl.where((entry - first_entry) % TILE_SEQS == 0, end_entry, 0)
-            place = entry + m // GROUP
-            seq = tl.load(member_ptr + place, mask=(m < TILE_SEQS * GROUP) & (place < end_entry), other=-1)
-            leader = tl.max(tl.where(m == 0, seq, -1), 0)
-    if leader < 0:
+    else:
+        its_row, leader, num_rows = _row_of(index, start_ptr, num_seqs, ALL_ROWS)
+        used = m < tl.minimum(num_rows, 1) * GROUP
+        row = tl.where(used, its_row, 0)
+        seq = tl.where(used, leader, 0)
+        if GROUPED and num_rows == 1:
+            entry = _entry_of(leader, member_ptr, num_entries)
+            _, _, shared_keys = _group_at(entry, group_ptr, num_groups)
+            shared_splits = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
+    if tl.max(used.to(tl.int32), 0) == 0:
         return
 
-    row_start = tl.load(start_ptr + seq, mask=seq >= 0, other=0).to(tl.int64)
-    num_rows = tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) - row_start
-    # Who brings several rows is no member: a tile has room for one of each.
-    several = 1 if ALL_ROWS and not is_shared else 0
-    num_rows = tl.where((num_rows == 1) | (several > 0), num_rows, 0)
-    most_rows = tl.max(num_rows, 0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    head = kv_head * GROUP + m % GROUP
+    dim = tl.arange(0, BLOCK_D)
+    row_mask = used[:, None] & (dim < HEAD_DIM)[None, :]
+    q_ptrs = q_ptr + (row.to(tl.int64) * q_row_stride + head * q_head_stride)[:, None] + dim[None, :]
+    q = tl.load(q_ptrs, mask=row_mask, other=0.0)
+    last = tl.max(tl.load(last_ptr + row, mask=used, other=-1), 0)
     context = tl.load(context_ptr + leader)
+    start_key, end_key, origin, end_split = _row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
+    first_split = shared_splits
+    if index < 0:
+        first_split, end_split = 0, shared_splits
     table_row = table_ptr + tl.load(seq_row_ptr + leader).to(tl.int64) * table_stride
     k_base = k_ptr + kv_head * k_head_stride
     v_base = v_ptr + kv_head * v_head_stride
-
-    for step in range(most_rows):
-        used = (seq >= 0) & (step < num_rows)
-        row = row_start + step
-        row_mask = used[:, None] & (dim < HEAD_DIM)[None, :]
-        last = tl.load(last_ptr + row, mask=used, other=-1)
-        start_key, end_key, origin, end_split = _row_splits(
-            tl.max(last, 0), context, window, WINDOWED, SPLIT, MAX_SPLITS
-        )
-        split_from = tl.program_id(2)
-        if GROUPED:
-            if is_shared:
-                end_split = shared_splits
-            elif most_rows == 1:
-                split_from += shared_splits
-        q_ptrs = q_ptr + (row * q_row_stride + head * q_head_stride)[:, None] + dim[None, :]
-        q = tl.load(q_ptrs, mask=row_mask, other=0.0)
-        part_row = (row if ALL_ROWS else seq.to(tl.int64)) * MAX_SPLITS
-        for split in range(split_from, end_split, tl.num_programs(2)):
-            acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-            top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-            total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            split_start = origin + _split_start(split, SPLIT)
-            split_end = tl.minimum(origin + _split_start(split + 1, SPLIT), end_key)
-            for first in range(split_start, split_end, BLOCK_N):
-                acc, top, total = _attend_block(
-                    q, acc, top, total, first, last, start_key, split_end, k_base, v_base, table_row,
-                    k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, scale_log2, window,
-                    HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOWED, True, PRECISION,
-                )  # fmt: skip
-            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-            part = (part_row + split) * num_heads + head
-            tl.store(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], out, mask=row_mask)
-            tl.store(part_lse_ptr + part, top + tl.log2(total), mask=used)
+    part_row = (row if ALL_ROWS else seq) * (MAX_SPLITS * num_heads) + head.to(tl.int32)
+    # Keys from start_key to the end of a split are seen by every row of the tile: no mask of a row's own.
+    no_last = tl.full((BLOCK_M,), 2147483647, dtype=tl.int32)
+    for split in range(first_split + tl.program_id(2), end_split, tl.num_programs(2)):
+        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        split_start = origin + _split_start(split, SPLIT)
+        split_end = tl.minimum(origin + _split_start(split + 1, SPLIT), end_key)
+        for first in range(split_start, split_end, BLOCK_N):
+            acc, top, total = _attend_block(
+                q, acc, top, total, first, no_last, start_key, split_end, k_base, v_base, table_row,
+                k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, scale_log2, window,
+                HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, True, PRECISION,
+            )  # fmt: skip
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        part = part_row + split * num_heads
+        tl.store(part_ptr + (part.to(tl.int64) * HEAD_DIM)[:, None] + dim[None, :], out, mask=row_mask)
+        tl.store(part_lse_ptr + part, top + tl.log2(total), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def merge_kernel(
     part_ptr, part_lse_ptr, start_ptr, context_ptr, last_ptr, out_ptr, lse_ptr,
-    num_heads, out_row_stride, out_head_stride, lse_row_stride, window,
+    num_seqs, num_heads, out_row_stride, out_head_stride, lse_row_stride, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOWED: tl.constexpr, ALL_ROWS: tl.constexpr,
     SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Splits of one sequence and query head, 32 at a time in ascending order, whoever computed them."""
-    seq = tl.program_id(0).to(tl.int64)
+    """Splits of one row and query head, 32 at a time in ascending order, whoever computed them."""
+    index = tl.program_id(0)
     head = tl.program_id(1)
-    row_start = tl.load(start_ptr + seq).to(tl.int64)
-    row_end = tl.load(start_ptr + seq + 1).to(tl.int64)
-    if not ALL_ROWS:
-        row_end = tl.where(row_end - row_start == 1, row_end, row_start)
-    context = tl.load(context_ptr + seq)
+    row, seq, num_rows = _row_of(index, start_ptr, num_seqs, ALL_ROWS)
+    if num_rows == 0:
+        return
     dim = tl.arange(0, BLOCK_D)
-    for row in range(row_start, row_end):
-        _, _, _, num_splits = _row_splits(tl.load(last_ptr + row), context, window, WINDOWED, SPLIT, MAX_SPLITS)
-        out = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        top = float("-inf")
-        total = 0.0
-        for base in range(0, num_splits, 32):
-            split = base + tl.arange(0, 32)
-            part = ((row if ALL_ROWS else seq) * MAX_SPLITS + split) * num_heads + head
-            part_lse = tl.load(part_lse_ptr + part, mask=split < num_splits, other=float("-inf"))
-            mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
-            values = tl.load(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-            new_top = tl.maximum(top, tl.max(part_lse, 0))
-            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weight = tl.exp2(part_lse - reference)
-            fade = tl.exp2(top - reference)
-            total = total * fade + tl.sum(weight, 0)
-            out = out * fade + tl.sum(values * weight[:, None], 0)
-            top = new_top
-        out_ptrs = out_ptr + row * out_row_stride + head * out_head_stride + dim
-        out = out / tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
-        tl.store(lse_ptr + row * lse_row_stride + head, (top + tl.log2(total)) * _LN_2)
+    last, context = tl.load(last_ptr + row), tl.load(context_ptr + seq)
+    _, _, _, num_splits = _row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
+    out = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    top = float("-inf")
+    total = 0.0
+    for base in range(0, num_splits, 32):
+        split = base + tl.arange(0, 32)
+        part = (index.to(tl.int64) * MAX_SPLITS + split) * num_heads + head
+        part_lse = tl.load(part_lse_ptr + part, mask=split < num_splits, other=float("-inf"))
+        mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
+        values = tl.load(part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(part_lse - reference)
+        fade = tl.exp2(top - reference)
+        total = total * fade + tl.sum(weight, 0)
+        out = out * fade + tl.sum(values * weight[:, None], 0)
+        top = new_top
+    row = row.to(tl.int64)
+    out = out / tl.where(total == 0.0, 1.0, total)
+    out_ptrs = out_ptr + row * out_row_stride + head * out_head_stride + dim
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+    tl.store(lse_ptr + row * lse_row_stride + head, (top + tl.log2(total)) * _LN_2)
 
 
 def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, int]:
@@ -314,17 +331,18 @@ def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, i
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
-def decode_config(dtype: torch.dtype, head_dim: int, group: int, windowed: bool) -> dict[str, int]:
+def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, int]:
     """Tile and launch sizes of `decode_kernel`; BLOCK_N divides SPLIT.
 
-    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. The window's mask and
-    wide heads need registers that only the smaller tile has to spare: at head dim 128 the larger one spills under
-    Triton 3.6, and three of its programs fit on a multiprocessor where four of the smaller one do.
+    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. Wide heads need registers
+    that only the smaller tile has to spare: at head dim 128 the larger one spills under Triton 3.6, and three of its
+    programs fit on a multiprocessor where four of the smaller one do. BLOCK_M is that of a row alone: members of a group
+    share it, so that nobody's bits depend on company.
     """
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32 or head_dim > 128:
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": block_m, "BLOCK_N": 32 if windowed or head_dim > 64 else 64, "num_warps": 4, "num_stages": 5}
+    return {"BLOCK_M": block_m, "BLOCK_N": 32 if head_dim > 64 else 64, "num_warps": 4, "num_stages": 5}
 
 
 def attention(
@@ -384,24 +402,24 @@ def attention(
     part = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
     workers = min(splits["MAX_SPLITS"], triton.cdiv(_DECODE_PROGRAMS, num_seqs * kv_heads))
-    config = decode_config(q.dtype, head_dim, group, window > 0)
+    config = decode_config(q.dtype, head_dim, group)
     tables, sizes = (query_start, query_start), (0, 0)
     if prefix_group is not None and group_seqs is not None and not window and config["BLOCK_M"] >= 2 * group:
         assert prefix_group.is_contiguous() and group_seqs.is_contiguous()
         tables, sizes = (prefix_group, group_seqs), (prefix_group.shape[0], group_seqs.shape[0])
-    decode_kernel[(sizes[1] + num_seqs, kv_heads, workers)](
-        *inputs, *tables, part, part_lse, *sizes, num_heads, q.stride(0), q.stride(1), block_table.stride(0),
+    decode_kernel[(sizes[1] + parts[0], kv_heads, workers)](
+        *inputs, *tables, part, part_lse, num_seqs, *sizes, num_heads, q.stride(0), q.stride(1), block_table.stride(0),
         *cache_strides, scale * _LOG2_E, window,
         GROUPED=tables[0] is prefix_group, **shape, **tiles, **splits, **config,
     )  # fmt: skip
-    merge_kernel[(num_seqs, num_heads)](
-        part, part_lse, query_start, context_len, last_key, out, lse,
+    merge_kernel[(parts[0], num_heads)](
+        part, part_lse, query_start, context_len, last_key, out, lse, num_seqs,
         num_heads, out.stride(0), out.stride(1), lse.stride(0), window, **shape, **splits, num_warps=4,
     )  # fmt: skip
 
 
 def max_splits(table_keys: int) -> int:
-    """Splits that a row may have when a block table holds `table_keys` keys: 32 up to 8,192, 16 more for each double."""
+    """Splits that a row may have when a block table holds `table_keys` keys: 32 up to 8,192, 16 more per double."""
     units = triton.cdiv(table_keys, SPLIT)
     octave = max(0, (units - 1).bit_length() - 5)
     return triton.cdiv(units, 1 << octave) + 16 * octave

@@ -133,7 +133,7 @@ class EngineConfig:
     )
     max_num_waiting: int = _setting(1024, int, "requests that may wait", low=1, high=1 << 20, core=True, batch=1 << 17)
     enable_prefix_caching: bool = _setting(True, bool, "keep finished KV for later prompts", core=True)
-    prefix_grouping: bool = _setting(True, bool, "read a prefix that running requests share once per step (CPU)")
+    prefix_grouping: bool = _setting(True, bool, "read a prefix that running requests share once per step")
     policy: Policy = _setting(  # noqa: RUF009
         Policy.FCFS, Policy, "order of admission: arrival, level of priority, largest cached share first, least work"
         " first, least served tenant first, prompts that begin alike together", core=True,

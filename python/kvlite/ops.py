@@ -127,7 +127,8 @@ def _triton() -> Ops:
     from kvlite.kernels.store_kv.kernel import store_kv
 
     return Ops(
-        "triton", attention, key_mass, store_kv, place_kv, rope, rms_norm, add_rms_norm, silu_mul, sample, linear
+        "triton", attention, key_mass, store_kv, place_kv, rope, rms_norm, add_rms_norm, silu_mul, sample, linear,
+        shares_prefixes=True,
     )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     identity = _Identity(_canonical_prefix(config, tokenizer, limits), _digest(directory, model, dtype))
     # Groups share whole splits of cached prompts: where no request is so long, or nothing is cached, none can form.
     may_group = config.prefix_grouping and config.enable_prefix_caching and max_model_len > SPLIT
-    group_cost = measure_group_cost(ops, model, dtype) if may_group else NEVER
+    group_cost = measure_group_cost(ops, model, dtype, device) if may_group else NEVER
     core, arenas = _core_and_arenas(config, model, limits, identity, device, group_cost)
     startup = Startup(
         model=str(directory),
@@ -153,7 +153,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     runner = ModelRunner(decoder, pool, sampler, canonical_len=canonical_len)
     if not config.enforce_eager:
         with _phase(phases, "decode graphs"):
-            _record_graphs(runner, ops, config.max_num_seqs)
+            _record_graphs(runner, ops, config.max_num_seqs, grouped=group_cost != NEVER)
     return Parts(tokenizer, limits, runner, core, arenas, startup)
 
 
