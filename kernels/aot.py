@@ -79,10 +79,12 @@ def _attention_cases() -> Iterator[Case]:
                 prefill = {**tiles, **attention.prefill_config(dtype, head_dim, group), "WINDOWED": windowed}
                 decode = {**tiles, **splits, **attention.decode_config(dtype, head_dim, group)}
                 yield Case(f"attention_prefill_{label}", attention.prefill_kernel, name, {**prefill, "BLOCK_SEQS": 256})
-                for grouped in (False,) if windowed else (False, True):
-                    decode |= {"WINDOWED": windowed, "GROUPED": grouped}
-                    case = f"attention_decode_{label}" + ("_grouped" if grouped else "")
-                    yield Case(case, attention.decode_kernel, name, dict(decode))
+                decode |= {"WINDOWED": windowed, "GROUPED": False}
+                grouped, mixed = {"GROUPED": True}, {"GROUPED": True, "ALL_ROWS": False}
+                for kind, more in (("", {}), ("_grouped", grouped), ("_grouped_mixed", mixed)):
+                    if not (windowed and more) and (kind != "_grouped_mixed" or group == 4):
+                        case = f"attention_decode_{label}{kind}"
+                        yield Case(case, attention.decode_kernel, name, decode | more)
         for head_dim in (64, 128):
             shape = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "WINDOWED": False, "num_warps": 4}
             yield Case(f"attention_merge_d{head_dim}_{name}", attention.merge_kernel, name, {**shape, **splits})

@@ -52,7 +52,7 @@ def test_choices_of_one_request_share_its_prompt() -> None:
 def test_the_cost_of_a_group_is_measured_and_whole_splits_or_never() -> None:
     with shipped() as made:
         decoder, ops = made._runner.decoder, startup.select(made._runner.decoder.device)
-        cost = measure_group_cost(ops, decoder.config, decoder.dtype)
+        cost = measure_group_cost(ops, decoder.config, decoder.dtype, decoder.device)
         assert cost in {0, *((splits - 1) * SPLIT for splits in PREFIXES), PREFIXES[-1] * SPLIT}
         reference = startup.select(decoder.device, "reference")
-        assert measure_group_cost(reference, decoder.config, decoder.dtype) == NEVER
+        assert measure_group_cost(reference, decoder.config, decoder.dtype, decoder.device) == NEVER

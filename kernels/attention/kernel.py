@@ -2,7 +2,8 @@
 
 Knows tensors only; never reads device memory from the host, so a call can be captured in a CUDA graph. A row's bits
 depend on its own keys, and on whether its sequence brings one row (decode) or more (prefill), never on other sequences
-nor on who shares a prefix with it. Addresses are int64. Called through `kvlite.ops` (backend "triton"), tests and `kernels/aot.py`.
+nor on who shares a prefix with it. Addresses are int64. Called through `kvlite.ops` (backend "triton"), tests and
+`kernels/aot.py`.
 """
 
 import torch
@@ -220,7 +221,7 @@ def decode_kernel(
     TILE_SEQS: tl.constexpr = BLOCK_M // GROUP
     m = tl.arange(0, BLOCK_M)
     index = tl.program_id(0) - num_entries
-    shared_splits = 0
+    shared_keys = 0
     if index < 0:
         entry = tl.program_id(0)
         first_entry, end_entry, shared_keys = _group_at(entry, group_ptr, num_groups)
@@ -231,7 +232,6 @@ def decode_kernel(
         row = tl.load(start_ptr + seq, mask=seq >= 0, other=0)
         # Who brings several rows is no member: a tile has room for one of each.
         used = (seq >= 0) & (tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) == row + 1)
-        shared_splits = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
     else:
         its_row, leader, num_rows = _row_of(index, start_ptr, num_seqs, ALL_ROWS)
         used = m < tl.minimum(num_rows, 1) * GROUP
@@ -240,7 +240,6 @@ def decode_kernel(
         if GROUPED and num_rows == 1:
             entry = _entry_of(leader, member_ptr, num_entries)
             _, _, shared_keys = _group_at(entry, group_ptr, num_groups)
-            shared_splits = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
     if tl.max(used.to(tl.int32), 0) == 0:
         return
 
@@ -253,9 +252,9 @@ def decode_kernel(
     last = tl.max(tl.load(last_ptr + row, mask=used, other=-1), 0)
     context = tl.load(context_ptr + leader)
     start_key, end_key, origin, end_split = _row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
-    first_split = shared_splits
+    first_split = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
     if index < 0:
-        first_split, end_split = 0, shared_splits
+        first_split, end_split, end_key = 0, first_split, shared_keys
     table_row = table_ptr + tl.load(seq_row_ptr + leader).to(tl.int64) * table_stride
     k_base = k_ptr + kv_head * k_head_stride
     v_base = v_ptr + kv_head * v_head_stride
@@ -334,10 +333,10 @@ def prefill_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, i
 def decode_config(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, int]:
     """Tile and launch sizes of `decode_kernel`; BLOCK_N divides SPLIT.
 
-    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. Wide heads need registers
-    that only the smaller tile has to spare: at head dim 128 the larger one spills under Triton 3.6, and three of its
-    programs fit on a multiprocessor where four of the smaller one do. BLOCK_M is that of a row alone: members of a group
-    share it, so that nobody's bits depend on company.
+    Five stages, because the block table's load takes two: fewer leave K and V single-buffered. Wide heads need
+    registers that only the smaller tile has to spare: at head dim 128 the larger one spills under Triton 3.6, and three
+    of its programs fit on a multiprocessor where four of the smaller one do. BLOCK_M is what a row alone needs: members
+    of a group fill it, so that nobody's bits depend on company.
     """
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32 or head_dim > 128:

@@ -157,14 +157,14 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     return Parts(tokenizer, limits, runner, core, arenas, startup)
 
 
-def _record_graphs(runner: ModelRunner, ops: Ops, max_num_seqs: int) -> None:
+def _record_graphs(runner: ModelRunner, ops: Ops, max_num_seqs: int, *, grouped: bool) -> None:
     decoder = runner.decoder
     if decoder.device.type == "cuda":
-        runner.record_graphs(CudaRecorder(decoder.device).record, graph_sizes(max_num_seqs))
+        runner.record_graphs(CudaRecorder(decoder.device).record, graph_sizes(max_num_seqs), grouped=grouped)
     elif ops.record is not None and ops.few_rows is not None:
         # A tape costs neither memory nor time to speak of, so each number of rows has its own, without padding.
         most = min(max_num_seqs, ops.few_rows(decoder.dtype, decoder.weight_dtype))
-        runner.record_graphs(ops.record, range(1, most + 1), lazily=True)
+        runner.record_graphs(ops.record, range(1, most + 1), lazily=True, grouped=grouped)
 
 
 def model_directory(model: str | None) -> Path:

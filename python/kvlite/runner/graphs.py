@@ -3,7 +3,8 @@
 A decode step of an 8B model is some 300 launches, each shorter than the host takes to make the next; a replay is one:
 of a CUDA graph, or of a tape of CPU ops. Holds graphs for some batch sizes and the buffers that they read; takes plans
 in which every sequence has one row and nothing watches it, refuses all others. A padding row has the reserved row of
-the block table, sees no key and stores none. Embeddings come before a replay, logits and samples behind it. Called by
+the block table, sees no key and stores none; tables of prefix groups have room for as many as a batch may have, so one
+graph serves batches with and without. Embeddings come before a replay, logits and samples behind it. Called by
 model_runner.py.
 """
 
@@ -61,8 +62,10 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class _Graph:
     """One batch size: its inputs on the host and the device, its replay and where its output lies."""
 
-    def __init__(self, size: int, decoder: Decoder, pool: KVPool, last_token: torch.Tensor, record: Record) -> None:
-        """Records with padding rows alone: nothing of the pool changes."""
+    def __init__(
+        self, size: int, decoder: Decoder, pool: KVPool, last_token: torch.Tensor, record: Record, *, grouped: bool
+    ) -> None:
+        """Records with padding rows alone: nothing of the pool changes. Not `grouped`: no plan has prefix groups."""
         width = -(-size // _ROW_ALIGN) * _ROW_ALIGN
         is_cuda = decoder.device.type == "cuda"
         with torch.inference_mode(mode=False):
@@ -73,7 +76,10 @@ class _Graph:
         self._padding_row = pool.block_table.shape[0] - 1
         self._decoder, self._last_token = decoder, last_token
         inputs = {name: row[:size] for name, row in zip(_INPUTS, self._device, strict=False)}
-        inputs["prefix_group"] = self._device[len(_INPUTS) :].view(width, _GROUP_WIDTH)[:size]
+        if grouped:
+            inputs["prefix_group"] = self._device[len(_INPUTS) :].view(width, _GROUP_WIDTH)[:size]
+        else:
+            del inputs["group_seqs"]
         starts = torch.arange(size + 1, dtype=torch.int32, device=decoder.device)
         self._batch = ForwardBatch(**inputs, query_start=starts, block_table=pool.block_table)
         self._output = torch.empty(0)
@@ -120,9 +126,10 @@ class DecodeGraphs:
         sizes: Sequence[int],
         *,
         lazily: bool = False,
+        grouped: bool = True,
     ) -> None:
         """`last_token` [rows of the block table] int32: ids that stand where a plan says -1. `sizes` ascending;
-        `lazily`: a graph is recorded by the first plan that it serves.
+        `lazily`: a graph is recorded by the first plan that it serves; `grouped`: plans may have prefix groups.
         """
         self._decoder = decoder
         self._reserved = decoder.reserved_tokens
@@ -130,7 +137,7 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
 
         def make(size: int) -> _Graph:
-            return _Graph(size, decoder, pool, last_token, record)
+            return _Graph(size, decoder, pool, last_token, record, grouped=grouped)
 
         self._make = make
         if lazily:

@@ -1,12 +1,13 @@
 """What a prefix group must save to pay for itself, measured on this machine with the model's own heads.
 
-Reading shared keys once costs a second pass over tasks, and partial results that go between the two. How much that is
-in keys depends on threads, caches and instruction set, so it is tried: the shortest prefix at which two sequences are
-no slower together than apart. Knows ops and shapes alone. Called by startup.
+Reading shared keys once costs a second pass over tasks and, on a CPU, partial results that go between the two. How much
+that is in keys depends on the device, so it is tried: the shortest prefix at which pairs of sequences are no slower
+together than apart. Knows ops and shapes alone. Called by startup.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 
 from kvlite.models import ModelConfig
 from kvlite.ops import Ops
+from kvlite.runner.graphs import CudaRecorder
 
 SPLIT = 256
 """Keys of one split of attention, in every backend: groups share whole ones."""
@@ -23,46 +25,70 @@ NEVER = (1 << 31) - 1
 PREFIXES = (1, 2, 4, 8)
 """Splits that are tried, ascending."""
 REPEATS = 9
+CUDA_PAIRS = 16
+"""Two sequences would leave most of a GPU idle, and its time would be that of a launch."""
 
 
 @torch.inference_mode()
-def measure_group_cost(ops: Ops, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Tokens whose KV a group must save reading; NEVER where the ops read each sequence's keys anyway."""
+def measure_group_cost(ops: Ops, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens whose KV a group must save reading; NEVER where the ops read each sequence's keys anyway.
+
+    On a GPU both ways are replayed, as decode steps are, and timed by its own clock. The first start compiles the
+    kernels for this cache; Triton keeps them.
+    """
     if not ops.shares_prefixes:
         return NEVER
+    is_cuda = device.type == "cuda"
     for splits in PREFIXES:
-        apart, together = _decodes(ops, config, dtype, splits * SPLIT)
-        best: dict[Callable[[], None], float] = {}
+        ways = _decodes(ops, config, torch.empty(0, dtype=dtype, device=device), splits, CUDA_PAIRS if is_cuda else 1)
+        if is_cuda:
+            ways = [CudaRecorder(device).record(way) for way in ways]
+        best = [math.inf, math.inf]
         for _ in range(REPEATS):
-            for run in (together, apart):
-                start = time.perf_counter()
-                run()
-                best[run] = min(best.get(run, start), time.perf_counter() - start)
-        if best[together] <= best[apart]:
+            for n in (1, 0):
+                best[n] = min(best[n], _device_seconds(ways[n]) if is_cuda else _seconds(ways[n]))
+        apart, together = best
+        if together <= apart:
             return (splits - 1) * SPLIT
     return PREFIXES[-1] * SPLIT
 
 
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _device_seconds(run: Callable[[], None]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def _decodes(
-    ops: Ops, config: ModelConfig, dtype: torch.dtype, num_keys: int
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Attention of two decoding sequences that share `num_keys` keys and have one each: apart, and as a group."""
-    heads, dim = config.num_heads, config.head_dim
-    splits = num_keys // SPLIT
-    cache = torch.zeros(splits + 2, 2, SPLIT, config.num_kv_heads, dim, dtype=dtype)
-    q, out, lse = (
-        torch.zeros(2, heads, dim, dtype=dtype),
-        torch.empty(2, heads, dim, dtype=dtype),
-        torch.empty(2, heads),
-    )
-    table = torch.arange(splits + 1, dtype=torch.int32).repeat(2, 1)
-    table[1, splits] += 1
+    ops: Ops, config: ModelConfig, like: torch.Tensor, splits: int, num_pairs: int
+) -> list[Callable[[], None]]:
+    """Attention of pairs of decoding sequences that share `splits` splits and have a key each: apart, and as groups."""
+    heads, dim, num_keys, num_seqs = config.num_heads, config.head_dim, splits * SPLIT, 2 * num_pairs
+    cache = like.new_zeros(num_pairs * (splits + 2), 2, SPLIT, config.num_kv_heads, dim)
+    q, out = like.new_zeros(num_seqs, heads, dim), like.new_empty(num_seqs, heads, dim)
+    lse = like.new_empty(num_seqs, heads, dtype=torch.float32)
+    # As wide for every prefix: a kernel is compiled for the splits that a table has room for.
+    table = torch.zeros(num_seqs, PREFIXES[-1] + 1, dtype=torch.int32)
+    for seq in range(num_seqs):
+        table[seq, : splits + 1] = seq // 2 * (splits + 2) + torch.arange(splits + 1)
+        table[seq, splits] += seq % 2
 
-    def ints(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+    def ints(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=like.device)
 
+    seqs = list(range(num_seqs))
     apart = partial(
-        ops.attention, q, cache[:, 0], cache[:, 1], table, ints(0, 1, 2), ints(num_keys + 1, num_keys + 1), ints(0, 1),
-        ints(num_keys, num_keys), dim**-0.5, 0, out, lse,
+        ops.attention, q, cache[:, 0], cache[:, 1], table.to(like.device), ints([*seqs, num_seqs]),
+        ints([num_keys + 1] * num_seqs), ints(seqs), ints([num_keys] * num_seqs), dim**-0.5, 0, out, lse,
     )  # fmt: skip
-    return apart, partial(apart, ints(0, 2, num_keys).view(1, 3), ints(0, 1))
+    groups = ints([value for pair in range(num_pairs) for value in (2 * pair, 2, num_keys)]).view(num_pairs, 3)
+    return [apart, partial(apart, groups, ints(seqs))]

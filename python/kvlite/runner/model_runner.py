@@ -56,11 +56,16 @@ class ModelRunner:
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=decoder.device)
         self._graphs: DecodeGraphs | None = None
 
-    def record_graphs(self, record: Record, sizes: Sequence[int], *, lazily: bool = False) -> None:
+    def record_graphs(
+        self, record: Record, sizes: Sequence[int], *, lazily: bool = False, grouped: bool = True
+    ) -> None:
         """Decode batches of up to the largest of `sizes` rows, ascending, are replayed from now on; after
-        `Decoder.reserve`, before the first plan. `lazily`: each is recorded when it is first needed.
+        `Decoder.reserve`, before the first plan. `lazily`: each is recorded when it is first needed. `grouped`: plans
+        may have prefix groups.
         """
-        self._graphs = DecodeGraphs(self.decoder, self.pool, self._last_token, record, sizes, lazily=lazily)
+        self._graphs = DecodeGraphs(
+            self.decoder, self.pool, self._last_token, record, sizes, lazily=lazily, grouped=grouped
+        )
 
     def run(self, arena: Arena, plan: Plan) -> RunResult:
         """Computes `plan`, which lies in `arena`, and completes it there. Never raises an Exception."""
