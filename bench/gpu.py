@@ -32,9 +32,10 @@ from typing import Any
 
 import torch
 
-from . import gpu_parts
+from . import gpu_groups, gpu_parts
 from .errors import BenchError
 from .gpu_report import Part, ResultFile, Scale
+from .grouped import BATCHES, PREFIXES
 from .kernel_cases import Case, Maker, attention, linear, row_ops, sample, timed_large
 from .make_model import SHAPES, Shape
 from .report import HERE, finish, origin
@@ -62,6 +63,7 @@ SCALES = {
         num_steps=24,
         gate_shape=Shape("llama", 4, 512, 8, 2, 128, 1024, 4096, 2048),
         gate_lengths=(5, 70, 300),
+        shared=tuple((batch, prefix) for batch in (1, *BATCHES) for prefix in PREFIXES),
         peer_points=((1, 1024), (32, 1024)),
         peer_length=2048,
         cases=timed_large,
@@ -74,6 +76,7 @@ SCALES = {
         num_steps=2,
         gate_shape=TINY,
         gate_lengths=(5, 20, 33),
+        shared=((3, 256),),
         peer_points=((1, 20), (2, 20)),
         peer_length=12,
         cases=timed_tiny,
@@ -94,6 +97,7 @@ PARTS = {
     "checks": Stretch(gpu_parts.checks, 130),
     "gate": Stretch(gpu_parts.gate, 60),
     "kernels": Stretch(gpu_parts.kernels, 100),
+    "groups": Stretch(gpu_groups.groups, 70),
     "decode": Stretch(gpu_parts.decode, 110),
     "prefill": Stretch(gpu_parts.prefill, 80),
     "transformers": Stretch(gpu_parts.transformers, 110),

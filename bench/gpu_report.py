@@ -38,6 +38,8 @@ class Scale:
     gate_shape: Shape
     """Small: greedy tokens are compared on it, with the references in fp32 too."""
     gate_lengths: tuple[int, ...]
+    shared: tuple[tuple[int, int], ...]
+    """Attention of sequences that share a prefix: (batch, keys of the prefix)."""
     peer_points: tuple[tuple[int, int], ...]
     peer_length: int
     cases: Callable[[Maker], Iterator[Case]]

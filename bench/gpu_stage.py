@@ -145,8 +145,18 @@ class Stage:
         self._eager.pool.block_table[:num_seqs, :width] = table.int().to(self.device)
         self._table = table.numpy()
 
-    def plan(self, chunks: Sequence[Chunk], *, sample: bool = True) -> Plan:
-        """A plan of these rows, in the arena; with `sample` the last row of each sequence gets a token."""
+    def share(self, rows: Sequence[int], num_keys: int) -> None:
+        """The sequences `rows` (seq_row) have their first `num_keys` keys, whole blocks, in those of the first."""
+        shared = num_keys // BLOCK_SIZE
+        self._table[rows, :shared] = self._table[rows[0], :shared]
+        self._eager.pool.block_table[list(rows), :shared] = self._eager.pool.block_table[rows[0], :shared].clone()
+
+    def plan(
+        self, chunks: Sequence[Chunk], *, sample: bool = True, groups: Sequence[tuple[Sequence[int], int]] = ()
+    ) -> Plan:
+        """A plan of these rows, in the arena; with `sample` the last row of each sequence gets a token. `groups`:
+        sequences, as numbered in `chunks`, and the keys that they share.
+        """
         regions, at = self._regions, 0
         regions["header"][:] = 0
         regions["query_start"][0] = 0
@@ -163,7 +173,12 @@ class Stage:
             regions["sample"][seq] = (end - 1, row, 0)
             at = end
         regions["segment_slot"][:at] = -1
+        members = [seq for seqs, _ in groups for seq in seqs]
+        regions["group_seqs"][: len(members)] = members
+        for n, (seqs, num_keys) in enumerate(groups):
+            regions["prefix_group"][n] = (sum(len(some) for some, _ in groups[:n]), len(seqs), num_keys)
         header = {Header.PLAN_ID: 1, Header.NUM_TOKENS: at, Header.NUM_SEQS: len(chunks)}
+        header[Header.NUM_PREFIX_GROUPS] = len(groups)
         for field, value in (header | {Header.NUM_SAMPLES: len(chunks) if sample else 0}).items():
             regions["header"][field] = value
         return self._arena.read()

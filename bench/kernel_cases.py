@@ -103,6 +103,45 @@ def mixed_attention(make: Maker, name: str, sequences: Sequence[tuple[int, int]]
     return Case(name, num_bytes, 4.0 * seen * heads * width, run, [out, lse])
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Decode attention of sequences that share prefixes, three ways over the same memory, one outcome."""
+
+    apart: Case
+    together: Case
+    told_none: Case
+    """With the tables of groups, empty: what a decode graph does for a batch that shares nothing."""
+
+
+def shared_attention(make: Maker, name: str, sizes: Sequence[int], prefix: int, own_keys: int) -> Shared:
+    """One row of each sequence; those of a group, as many as `sizes` says, share `prefix` keys."""
+    heads, kv_heads, width, size = make.shape.num_heads, make.shape.num_kv_heads, make.shape.head_dim, make.block_size
+    batch, shared, own = sum(sizes), prefix // size, -(-own_keys // size)
+    pool = make.normal(len(sizes) * shared + batch * own, 2, size, kv_heads, width)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    owner = torch.tensor([group for group, count in enumerate(sizes) for _ in range(count)])
+    first, rest = order.split([len(sizes) * shared, batch * own])
+    table = torch.cat([first.view(len(sizes), shared)[owner], rest.view(batch, own)], dim=1).to(make.device)
+    q, out = make.normal(batch, heads, width), make.poison(batch, heads, width)
+    lse = make.poison(batch, heads, dtype=torch.float32)
+    context, rows = prefix + own_keys, list(range(batch))
+    arguments = (
+        q, pool[:, 0], pool[:, 1], table, make.ints([*rows, batch]), make.ints([context] * batch), make.ints(rows),
+        make.ints([context - 1] * batch), width**-0.5, 0, out, lse,
+    )  # fmt: skip
+    groups = make.ints([0] * 3 * batch).view(batch, 3)
+    groups[: len(sizes)] = make.ints([x for g, n in enumerate(sizes) for x in (sum(sizes[:g]), n, prefix)]).view(-1, 3)
+    none, members = torch.zeros_like(groups), make.ints(rows)
+    bytes_per_key = 2 * kv_heads * width * make.dtype.itemsize
+    num_bytes, flops = batch * context * bytes_per_key, 4.0 * batch * context * heads * width
+    once = (len(sizes) * prefix + batch * own_keys) * bytes_per_key
+    return Shared(
+        Case(f"{name}_apart", num_bytes, flops, lambda ops: ops.attention(*arguments), [out, lse]),
+        Case(f"{name}_together", once, flops, lambda ops: ops.attention(*arguments, groups, members), [out, lse]),
+        Case(f"{name}_told_none", num_bytes, flops, lambda ops: ops.attention(*arguments, none, members), [out, lse]),
+    )
+
+
 def key_mass(make: Maker, rows: int, context: int) -> Case:
     """Mass of every key under the last `rows` rows."""
     heads, kv_heads, width = make.shape.num_heads, make.shape.num_kv_heads, make.shape.head_dim
@@ -231,6 +270,8 @@ def odd(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         decode = [(700, 1), (7, 1), (0, 1), (1, 1), (256, 1), (257, 1)]
         found = [mixed_attention(make, f"attention_{kind}_window_{window}", batch, window)
                  for kind, batch in (("mixed", mixed), ("decode", decode)) for window in (0, 70)]  # fmt: skip
+        for sizes, prefix in (((9, 1, 2), 5 * block_size), ((1, 5), 19 * block_size)):
+            found.append(shared_attention(make, f"attention_shared_{prefix}", sizes, prefix, 300).together)
         found += [key_mass(make, 5, 77), linear(make, 5), place_kv(make, 2 * block_size + 5)]
         found += [*row_ops(make, 3), *row_ops(make, 33), sample(make, 3, 0.0, 1.0), sample(make, 5, 1.0, 0.9)]
         for case in found:

@@ -198,18 +198,15 @@ def main(arguments: list[str]) -> int:
     make = Maker(device, dtype)
     if options.grouped and options.op not in ("", "attention"):
         raise BenchError(f"--op {options.op} --grouped: only attention has a grouped form")
+    figures: dict[str, Any] = origin() | {"device": torch.cuda.get_device_name() if is_cuda else "cpu"}
+    figures |= {"threads": options.threads, "dtype": str(dtype).removeprefix("torch.")}
     if options.grouped:
         from .grouped import measure as measure_groups
 
-        figures: dict[str, Any] = origin() | {"device": "cpu", "threads": options.threads}
-        figures |= {"dtype": str(dtype).removeprefix("torch.")} | measure_groups(
-            make, options.threads, options.budget_s
-        )
-        finish("kernels-grouped", figures, options.save)
+        finish("kernels-grouped", figures | measure_groups(make, options.threads, options.budget_s), options.save)
         return 0
     clock = Clock(make, options.threads, options.budget_s)
-    figures = origin() | {"device": torch.cuda.get_device_name() if is_cuda else "cpu", "threads": options.threads}
-    figures |= {"dtype": str(dtype).removeprefix("torch."), "gemm_gflops": round(clock.flop_rate / 1e9, 1)}
+    figures["gemm_gflops"] = round(clock.flop_rate / 1e9, 1)
     figures |= measure(make, clock, options.op)
     finish("kernels", figures | {"wall_s": round(time.perf_counter() - start, 1)}, options.save)
     return 0

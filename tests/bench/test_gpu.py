@@ -78,7 +78,7 @@ def test_it_runs_without_the_core_the_server_and_transformers(tmp_path: Path) ->
     last = json.loads(done.stdout.splitlines()[-1])
     assert last == {"bench": "gpu", **json.loads(output.read_text())}
     assert {name: part["status"] for name, part in last["parts"].items()} == {
-        **dict.fromkeys(PARTS, "ok"), "transformers": "skipped"
+        **dict.fromkeys(PARTS, "ok"), "transformers": "skipped", "groups": "skipped"
     }  # fmt: skip
     assert "transformers" in last["parts"]["transformers"]["skipped"]
     with pytest.raises(subprocess.CalledProcessError):
@@ -115,6 +115,21 @@ def test_decode_gives_times_and_shares_of_both_floors_with_and_without_graphs(fi
             assert figures["share_copy"] == pytest.approx(figures["floor_ms_copy"] / figures["step_ms"], abs=1e-3)
             assert figures["tokens_per_s"] == pytest.approx(batch / figures["step_ms"] * 1e3, rel=1e-2)
         assert found[f"apart_graph_b{batch}_c{context}"] < 1e-3
+
+
+def test_groups_give_the_same_bits_and_their_gain(file: ResultFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "reads each sequence's keys" in run(file, "groups")["skipped"]
+    monkeypatch.setattr(Part, "ops", property(lambda part: select(CPU, "cpu")))
+    found = run(file, "groups")
+    assert "failures" not in found and found["replays_same_bits"]
+    assert {"x", "low", "share", "x_told_none", "us"} == found["b3_p256"].keys() and found["b3_p256"]["low"] > 0
+
+
+def test_a_replay_that_reads_other_keys_for_a_group_fails(file: ResultFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Part, "ops", property(lambda part: select(CPU, "cpu")))
+    monkeypatch.setattr(Stage, "share", lambda *_: None)  # they are told to share what they do not have in common
+    with pytest.raises(BenchError, match="other blocks hold them"):
+        run(file, "groups")
 
 
 def test_prefill_gives_the_same_logits_in_any_chunks_and_a_time_for_each_length(file: ResultFile) -> None:

@@ -11,6 +11,7 @@ from kvlite.bench import grouped
 from kvlite.bench.errors import BenchError
 from kvlite.bench.grouped import check, lower, measure, pair, ratios
 from kvlite.bench.kernel_cases import Maker
+from kvlite.bench.kernels import Clock
 from kvlite.bench.make_model import Shape
 from kvlite.ops import select
 
@@ -19,18 +20,19 @@ MAKE = Maker(CPU, torch.float32, Shape("llama", 1, 64, 4, 2, 16, 96, 512))
 
 
 @torch.inference_mode()
-def test_both_ways_agree_and_a_difference_gets_no_speed() -> None:
-    each = pair(MAKE, 3, 256, 256)
+def test_all_ways_agree_and_a_difference_gets_no_speed() -> None:
+    each = pair(MAKE, 3, 256)
     check(each, select(CPU))
-    assert each.apart.num_bytes == 3 * (256 + 64) * 256 and each.together.num_bytes == (256 + 3 * 64) * 256
-    wrong = replace(each, together=replace(each.together, run=lambda ops: each.apart.outputs[0].fill_(0.5)))
-    with pytest.raises(BenchError, match="together and apart differ"):
-        check(wrong, select(CPU))
+    assert each.ways.apart.num_bytes == 3 * (256 + 64) * 256 and each.ways.together.num_bytes == (256 + 3 * 64) * 256
+    wrong = replace(each.ways.together, run=lambda ops: each.ways.apart.outputs[0].fill_(0.5))
+    for ways in (replace(each.ways, together=wrong), replace(each.ways, told_none=wrong)):
+        with pytest.raises(BenchError, match="together and apart differ"):
+            check(replace(each, ways=ways), select(CPU))
 
 
 @torch.inference_mode()
 def test_ratios_are_of_calls_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = pair(MAKE, 2, 256, 256)
+    each = pair(MAKE, 2, 256)
     now = 0.0
 
     def takes(seconds: float) -> object:
@@ -40,9 +42,12 @@ def test_ratios_are_of_calls_that_follow_each_other(monkeypatch: pytest.MonkeyPa
 
         return run
 
+    clock = Clock.__new__(Clock)
+    clock.device = CPU
     monkeypatch.setattr(grouped.time, "perf_counter", lambda: now)
-    timed = replace(each, apart=replace(each.apart, run=takes(3.0)), together=replace(each.together, run=takes(2.0)))
-    assert ratios(timed, select(CPU), 0.0) == [1.5] * grouped.LEAST_PAIRS
+    apart, together = replace(each.ways.apart, run=takes(3.0)), replace(each.ways.together, run=takes(2.0))
+    timed = replace(each, ways=replace(each.ways, apart=apart))
+    assert ratios(timed, together, select(CPU), clock, 0.0) == [1.5] * grouped.LEAST_PAIRS
     assert lower([1.5] * 9) == pytest.approx(1.5) and lower([1.0, 2.0, 1.0, 2.0]) < 1.2
 
 
