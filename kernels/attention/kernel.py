@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kvlite.kernels.attention.splits import entry_of, group_at, row_of, row_splits, split_start, whole_splits
+
 SPLIT = 256
 # Decode programs aimed at per launch: four waves of an H200's 132 multiprocessors at four programs each.
 _DECODE_PROGRAMS = 132 * 16
-_SEARCH: tl.constexpr = tl.constexpr(128)
 _LOG2_E = 1.4426950408889634
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -125,84 +126,6 @@ def prefill_kernel(
     tl.store(lse_ptr + row * lse_row_stride + head, (top + tl.log2(total)) * _LN_2, mask=used)
 
 
-@triton.jit
-def _whole_splits(units, MAX_SPLITS: tl.constexpr):
-    """Splits that end within `units` times SPLIT keys: 32 of one unit, then 16 of each size that is twice the last."""
-    octave = 0
-    for size in tl.static_range(MAX_SPLITS // 16 - 1):
-        octave += (units > (32 << size)).to(tl.int32)
-    return (units >> octave) + 16 * octave
-
-
-@triton.jit
-def _split_start(split, SPLIT: tl.constexpr):
-    """Keys before a split, counted from split 0: the same for every row, so that rows may share splits."""
-    octave = tl.maximum(split // 16 - 1, 0)
-    return ((split - 16 * octave) * SPLIT) << octave
-
-
-@triton.jit
-def _row_splits(last, context, window, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """(first visible key, end, key where split 0 starts, splits): functions of this row alone."""
-    end_key = tl.maximum(tl.minimum(last + 1, context), 0)
-    start_key = 0
-    if WINDOWED:
-        start_key = tl.maximum(last - window + 1, 0)
-    origin = start_key // SPLIT * SPLIT
-    num_keys = tl.maximum(end_key - origin, 0)
-    splits = _whole_splits(num_keys // SPLIT, MAX_SPLITS)
-    return start_key, end_key, origin, splits + (_split_start(splits, SPLIT) < num_keys).to(tl.int32)
-
-
-@triton.jit
-def _row_of(index, start_ptr, num_seqs, ALL_ROWS: tl.constexpr):
-    """(row, its sequence, rows of that): row `index`, or without ALL_ROWS the only one of a sequence; 0 rows = none."""
-    seq = index
-    if ALL_ROWS and (tl.load(start_ptr + index) != index) | (tl.load(start_ptr + index + 1) != index + 1):
-        seq = _last_at_most(index, start_ptr, num_seqs)
-    first = tl.load(start_ptr + seq, mask=seq >= 0, other=0)
-    num_rows = tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) - first
-    if ALL_ROWS:
-        return index, seq, tl.where(index < first + num_rows, num_rows, 0)
-    return first, seq, tl.where(num_rows == 1, 1, 0)
-
-
-@triton.jit
-def _last_at_most(value, ptr, size):
-    """Index of the last of `size` ascending values that is no larger than `value`; -1 = none."""
-    found = -1
-    for base in range(0, size, _SEARCH):
-        index = base + tl.arange(0, _SEARCH)
-        is_one = (index < size) & (tl.load(ptr + index, mask=index < size, other=0) <= value)
-        found += tl.sum(is_one.to(tl.int32), 0)
-    return found
-
-
-@triton.jit
-def _entry_of(seq, member_ptr, num_entries):
-    """The first entry of group_seqs that names a sequence; num_entries = none."""
-    found = num_entries
-    for base in range(0, num_entries, _SEARCH):
-        entry = base + tl.arange(0, _SEARCH)
-        member = tl.load(member_ptr + entry, mask=entry < num_entries, other=-1)
-        found = tl.minimum(found, tl.min(tl.where(member == seq, entry, num_entries), 0))
-    return found
-
-
-@triton.jit
-def _group_at(entry, group_ptr, num_groups):
-    """(first entry, end, shared keys) of the prefix group that has an entry of group_seqs; all 0 = none has."""
-    found = -1
-    for base in range(0, num_groups, _SEARCH):
-        group = base + tl.arange(0, _SEARCH)
-        first = tl.load(group_ptr + group * 3, mask=group < num_groups, other=0)
-        count = tl.load(group_ptr + group * 3 + 1, mask=group < num_groups, other=0)
-        found = tl.maximum(found, tl.max(tl.where((first <= entry) & (entry < first + count), group, -1), 0))
-    first = tl.load(group_ptr + found * 3, mask=found >= 0, other=0)
-    count = tl.load(group_ptr + found * 3 + 1, mask=found >= 0, other=0)
-    return first, first + count, tl.load(group_ptr + found * 3 + 2, mask=found >= 0, other=0)
-
-
 @triton.jit(do_not_specialize=["num_seqs", "num_groups", "num_entries"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, start_ptr, context_ptr, seq_row_ptr, last_ptr, group_ptr, member_ptr,
@@ -224,7 +147,7 @@ def decode_kernel(
     shared_keys = 0
     if index < 0:
         entry = tl.program_id(0)
-        first_entry, end_entry, shared_keys = _group_at(entry, group_ptr, num_groups)
+        first_entry, end_entry, shared_keys = group_at(entry, group_ptr, num_groups)
         end_entry = tl.where((entry - first_entry) % TILE_SEQS == 0, end_entry, 0)
         place = entry + m // GROUP
         seq = tl.load(member_ptr + place, mask=(m < TILE_SEQS * GROUP) & (place < end_entry), other=-1)
@@ -233,13 +156,13 @@ def decode_kernel(
         # Who brings several rows is no member: a tile has room for one of each.
         used = (seq >= 0) & (tl.load(start_ptr + seq + 1, mask=seq >= 0, other=0) == row + 1)
     else:
-        its_row, leader, num_rows = _row_of(index, start_ptr, num_seqs, ALL_ROWS)
+        its_row, leader, num_rows = row_of(index, start_ptr, num_seqs, ALL_ROWS)
         used = m < tl.minimum(num_rows, 1) * GROUP
         row = tl.where(used, its_row, 0)
         seq = tl.where(used, leader, 0)
         if GROUPED and num_rows == 1:
-            entry = _entry_of(leader, member_ptr, num_entries)
-            _, _, shared_keys = _group_at(entry, group_ptr, num_groups)
+            entry = entry_of(leader, member_ptr, num_entries)
+            _, _, shared_keys = group_at(entry, group_ptr, num_groups)
     if tl.max(used.to(tl.int32), 0) == 0:
         return
 
@@ -251,8 +174,8 @@ def decode_kernel(
     q = tl.load(q_ptrs, mask=row_mask, other=0.0)
     last = tl.max(tl.load(last_ptr + row, mask=used, other=-1), 0)
     context = tl.load(context_ptr + leader)
-    start_key, end_key, origin, end_split = _row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
-    first_split = _whole_splits(shared_keys // SPLIT, MAX_SPLITS)
+    start_key, end_key, origin, end_split = row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
+    first_split = whole_splits(shared_keys // SPLIT, MAX_SPLITS)
     if index < 0:
         first_split, end_split, end_key = 0, first_split, shared_keys
     table_row = table_ptr + tl.load(seq_row_ptr + leader).to(tl.int64) * table_stride
@@ -265,9 +188,8 @@ def decode_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        split_start = origin + _split_start(split, SPLIT)
-        split_end = tl.minimum(origin + _split_start(split + 1, SPLIT), end_key)
-        for first in range(split_start, split_end, BLOCK_N):
+        split_end = tl.minimum(origin + split_start(split + 1, SPLIT), end_key)
+        for first in range(origin + split_start(split, SPLIT), split_end, BLOCK_N):
             acc, top, total = _attend_block(
                 q, acc, top, total, first, no_last, start_key, split_end, k_base, v_base, table_row,
                 k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, scale_log2, window,
@@ -289,12 +211,12 @@ def merge_kernel(
     """Splits of one row and query head, 32 at a time in ascending order, whoever computed them."""
     index = tl.program_id(0)
     head = tl.program_id(1)
-    row, seq, num_rows = _row_of(index, start_ptr, num_seqs, ALL_ROWS)
+    row, seq, num_rows = row_of(index, start_ptr, num_seqs, ALL_ROWS)
     if num_rows == 0:
         return
     dim = tl.arange(0, BLOCK_D)
     last, context = tl.load(last_ptr + row), tl.load(context_ptr + seq)
-    _, _, _, num_splits = _row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
+    _, _, _, num_splits = row_splits(last, context, window, WINDOWED, SPLIT, MAX_SPLITS)
     out = tl.zeros((BLOCK_D,), dtype=tl.float32)
     top = float("-inf")
     total = 0.0

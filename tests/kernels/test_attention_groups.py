@@ -85,7 +85,7 @@ def _poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an op allocates is NaN: parts that an earlier call left in the same memory could pass for written ones."""
     monkeypatch.setattr(torch, "empty", lambda *size, **kind: torch.full(*size, math.nan, **kind))
     if INTERPRETED:  # searches take several turns, and a program walks all splits
-        monkeypatch.setattr("kvlite.kernels.attention.kernel._SEARCH", 4)
+        monkeypatch.setattr("kvlite.kernels.attention.splits._SEARCH", 4)
         monkeypatch.setattr("kvlite.kernels.attention.kernel._DECODE_PROGRAMS", 1)
 
 
