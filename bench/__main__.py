@@ -9,6 +9,7 @@ from .errors import BenchError
 
 BENCHMARKS = {
     "core": "one step of the Rust core, and the operations of its cache",
+    "hitrate": "prefix hits of a trace by order of eviction, as shares of the offline optimum",
     "limits": "the best rates of reads and products on this machine",
     "decode": "decode steps of an embedded engine, as shares of the limits",
     "blend": "documents at any place: time to the first token against exact prefill, memory, neighbours",

@@ -76,6 +76,7 @@ class Loop:
             "enable_prefix_caching": True,
             "policy": "fcfs",
             "max_passes": 64,
+            "eviction": "reuse-weighted",
             "attention_cost_tokens": 4096,
             "attention_split_tokens": 256,
             "group_cost_tokens": 0,

@@ -19,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "enable_prefix_caching": True,
     "policy": "fcfs",
     "max_passes": 64,
+    "eviction": "reuse-weighted",
     "attention_cost_tokens": 1000,
     "attention_split_tokens": 256,
     "group_cost_tokens": 0,

@@ -42,6 +42,7 @@ class _CoreConfig(TypedDict):
     enable_prefix_caching: bool
     policy: str
     max_passes: int
+    eviction: str
     attention_cost_tokens: int
     attention_split_tokens: int
     group_cost_tokens: int

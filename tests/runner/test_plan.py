@@ -17,6 +17,7 @@ LIMITS: dict[str, Any] = {
 }  # fmt: skip
 CORE: dict[str, Any] = LIMITS | {
     "num_blocks": 40, "vocab_size": 100, "enable_prefix_caching": True, "policy": "fcfs", "max_passes": 64,
+    "eviction": "lru",
     "attention_cost_tokens": 100, "attention_split_tokens": 256, "group_cost_tokens": 0,
     "reserve_tokens": 2, "watermark_ratio": 1.0, "hash_seed": 1,
     "segment_cache_ratio": 0.5, "model_digest": 0, "canonical_prefix": [],

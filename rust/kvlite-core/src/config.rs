@@ -23,6 +23,29 @@ pub enum PolicyKind {
     PrefixGrouped,
 }
 
+/// Order in which cached blocks are evicted that no waiting request wants; see `cache::evict`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EvictionKind {
+    /// Least recently released first.
+    Lru,
+    /// Recency, deeper blocks sooner.
+    DepthDiscounted,
+    /// Recency, blocks that cost more to compute again later.
+    CostAware,
+    /// Recency, blocks that were used more often later; uses outlive eviction.
+    ReuseWeighted,
+}
+
+impl EvictionKind {
+    /// Every order and its name.
+    pub const ALL: [(&str, EvictionKind); 4] = [
+        ("reuse-weighted", EvictionKind::ReuseWeighted),
+        ("lru", EvictionKind::Lru),
+        ("depth-discounted", EvictionKind::DepthDiscounted),
+        ("cost-aware", EvictionKind::CostAware),
+    ];
+}
+
 /// Limits of one core. Public limits keep the spelling that vLLM's users know.
 #[derive(Clone, Debug)]
 pub struct CoreConfig {
@@ -46,6 +69,8 @@ pub struct CoreConfig {
     pub policy: PolicyKind,
     /// Later requests of a tenant that may be admitted before one that waits, where the policy compares requests.
     pub max_passes: u32,
+    /// Order of eviction.
+    pub eviction: EvictionKind,
     /// Context length at which attention costs a token as much as the linear layers do; prices prefill chunks.
     pub attention_cost_tokens: u32,
     /// Tokens of one split of attention: a group shares whole splits, so a row's partial results are those it has alone.
@@ -122,6 +147,7 @@ pub(crate) fn small() -> CoreConfig {
         vocab_size: 9,
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
+        eviction: EvictionKind::ReuseWeighted,
         max_passes: 64,
         attention_cost_tokens: 1,
         attention_split_tokens: 4,

@@ -82,4 +82,12 @@ impl Lookup {
     pub fn exact(own: Label) -> Lookup {
         Lookup { own, recipe: None }
     }
+
+    /// Whether KV of this label may be read as block `at` of the prompt.
+    pub fn may_read(self, label: Label, at: usize) -> bool {
+        match self.recipe {
+            Some((recipe, from_block)) if at >= from_block => label == recipe,
+            _ => label == self.own || label == Label::PUBLIC,
+        }
+    }
 }

@@ -19,7 +19,7 @@ pub use crate::core::{
     BlendRequest, Core, CoreStats, ExportRow, MAX_DECODE_ROWS, MAX_HOLDS, MAX_ROUNDS, MAX_STOP_TOKEN_IDS, Request,
     ReuseReport, SegmentInfo, SpanOutcome,
 };
-pub use config::{CoreConfig, PolicyKind};
+pub use config::{CoreConfig, EvictionKind, PolicyKind};
 pub use error::CoreError;
 pub use ids::{BlockId, Label, Lookup, TenantId, Token};
 pub use plan::Layout;

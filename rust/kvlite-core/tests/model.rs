@@ -10,7 +10,7 @@ mod segment_operations;
 mod tree_operations;
 
 use kvlite_core::cache::{BlockState, Cache, MAX_PARTIAL_CANDIDATES, SegmentId};
-use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
+use kvlite_core::{BlockId, CoreConfig, EvictionKind, Label, Lookup, PolicyKind, TenantId, Token};
 use naive::segments::ATTENTION_COST_TOKENS;
 use naive::{Naive, Path, Random, Regime};
 use segment_operations::NUM_SEGMENT_EVENTS;
@@ -31,6 +31,11 @@ struct Seen {
     recipe_hits: usize,
     /// Lookups of a tenant with exactly the tokens of a block that it may not read.
     unreadable: usize,
+    /// Blocks that came back, with their uses and without.
+    remembered: usize,
+    forgotten: usize,
+    /// Evicted although somebody waited for them.
+    wanted_evicted: usize,
     segments: [usize; NUM_SEGMENT_EVENTS],
 }
 
@@ -42,6 +47,8 @@ impl Seen {
         assert!(if regime.segment_quota > 0 { min > Some(&0) } else { max == Some(&0) }, "segments: {self:?}");
         if regime.keeps_released {
             assert!(self.evicted > 100 && self.revived > 50 && self.full_hits > 1000, "too little happened: {self:?}");
+            assert!(self.remembered > 10 && self.remembered > self.forgotten, "memory: {self:?}");
+            assert!(self.wanted_evicted > 5, "waiting: {self:?}");
             let has_parts = regime.block_size > 1;
             assert!((self.partial_hits > 100) == has_parts, "partial hits of {regime:?}: {self:?}");
             assert!(self.public_hits > 20 && self.recipe_hits > 20 && self.unreadable > 20, "labels: {self:?}");
@@ -58,12 +65,16 @@ struct Pair {
     pins: Vec<(Path, BlockId)>,
     /// Every segment's name so far.
     named_segments: Vec<SegmentId>,
+    /// Requests that have waited so far.
+    num_turns: u32,
     out: Vec<BlockId>,
     seen: Seen,
 }
 
 impl Pair {
     fn new(regime: Regime, seed: u64) -> Pair {
+        // Every order of eviction has its seeds in every regime.
+        let eviction = EvictionKind::ALL[seed as usize % EvictionKind::ALL.len()].1;
         let config = CoreConfig {
             num_blocks: regime.num_blocks as u32,
             block_size: regime.block_size as u32,
@@ -75,6 +86,7 @@ impl Pair {
             enable_prefix_caching: regime.keeps_released,
             policy: PolicyKind::Fcfs,
             max_passes: 64,
+            eviction,
             attention_cost_tokens: ATTENTION_COST_TOKENS,
             attention_split_tokens: 256,
             group_cost_tokens: 0,
@@ -95,6 +107,11 @@ impl Pair {
             segment_clock: 0,
             named: vec![],
             clock: 0,
+            eviction,
+            num_releases: 0,
+            interval: 1024 * regime.num_blocks as u64,
+            past: vec![],
+            watched: vec![],
         };
         Pair {
             cache: Cache::new(&config),
@@ -102,6 +119,7 @@ impl Pair {
             random: Random(seed ^ regime.name << 32),
             pins: vec![],
             named_segments: vec![],
+            num_turns: 0,
             out: vec![],
             seen: Seen::default(),
         }
@@ -111,7 +129,9 @@ impl Pair {
         if self.naive.regime.segment_quota > 0 && self.random.below(3) == 0 {
             return self.step_segments();
         }
-        match self.random.below(100) {
+        match self.random.below(110) {
+            100..105 => self.watch(),
+            105..110 => self.unwatch(),
             0..20 => self.alloc(),
             20..48 => self.insert(),
             48..58 => {
@@ -157,7 +177,9 @@ impl Pair {
             _ => {
                 if self.random.below(8) == 0 {
                     self.cache.clear();
-                    self.naive.entries.retain(|entry| entry.released.is_none());
+                    while let Some(at) = self.naive.victim() {
+                        self.naive.forget(at);
+                    }
                     self.naive.segments.retain(|segment| !segment.is_cached());
                 }
             }
@@ -169,7 +191,7 @@ impl Pair {
         let counts = self.naive.counts();
         assert_eq!(self.cache.counts(), counts);
         assert_eq!(self.cache.available(), counts.free + counts.cached);
-        let victim = self.naive.oldest().map(|at| self.naive.entries[at].block);
+        let victim = self.naive.victim().map(|at| self.naive.entries[at].block);
         assert_eq!(self.cache.victim(), victim, "the block to evict next");
         for entry in &self.naive.entries {
             let expected = if entry.released.is_some() { BlockState::Cached } else { BlockState::Owned };
@@ -180,6 +202,11 @@ impl Pair {
             let labelled = self.naive.entries.iter().filter(|entry| entry.path.last().expect("not empty").0 == label);
             assert_eq!(self.cache.labelled(label), labelled.count(), "blocks of {label:?}");
         }
+        let parked: Vec<_> = self.cache.watched().collect();
+        self.naive.watched.sort_by_key(|watched| watched.turn);
+        let at = |path: &Path| self.naive.position(path).map(|at| self.naive.entries[at].block);
+        let expected = self.naive.watched.iter().map(|watched| (watched.turn, at(&watched.path)));
+        assert!(expected.eq(parked.iter().copied()), "who waits is followed: {parked:?}");
         self.compare_segments();
         self.match_both();
     }

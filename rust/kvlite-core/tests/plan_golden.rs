@@ -2,7 +2,7 @@
 //! contract with `runner/plan.py`; both sides move together.
 
 use kvlite_core::plan::{Header, PlanView, Region};
-use kvlite_core::{BlendRequest, Core, CoreConfig, Layout, PolicyKind, Request, Round, Scope};
+use kvlite_core::{BlendRequest, Core, CoreConfig, EvictionKind, Layout, PolicyKind, Request, Round, Scope};
 
 fn config() -> CoreConfig {
     CoreConfig {
@@ -16,6 +16,7 @@ fn config() -> CoreConfig {
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
         max_passes: 64,
+        eviction: EvictionKind::ReuseWeighted,
         attention_cost_tokens: 1000,
         attention_split_tokens: 256,
         group_cost_tokens: 0,

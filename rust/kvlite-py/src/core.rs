@@ -7,7 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kvlite_core::{CoreConfig, CoreError, FinishReason, Layout, PolicyKind, Request};
+use kvlite_core::{CoreConfig, CoreError, EvictionKind, FinishReason, Layout, PolicyKind, Request};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
@@ -23,7 +23,7 @@ macro_rules! items {
 pub(crate) use items;
 
 /// Names of `CoreConfig`'s fields, all of them required.
-const FIELDS: [&str; 20] = [
+const FIELDS: [&str; 21] = [
     "num_blocks",
     "block_size",
     "max_num_seqs",
@@ -34,6 +34,7 @@ const FIELDS: [&str; 20] = [
     "enable_prefix_caching",
     "policy",
     "max_passes",
+    "eviction",
     "attention_cost_tokens",
     "attention_split_tokens",
     "group_cost_tokens",
@@ -341,6 +342,8 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
     let value = |name: &'static str| config.get_item(name)?.ok_or_else(|| missing(name));
     let number = |name: &'static str| unsigned(name, value(name)?.extract()?);
     let policy: String = value("policy")?.extract()?;
+    let eviction: String = value("eviction")?.extract()?;
+    let kind = EvictionKind::ALL.into_iter().find(|(name, _)| *name == eviction).map(|(_, kind)| kind);
     let config = CoreConfig {
         num_blocks: number("num_blocks")?,
         block_size: number("block_size")?,
@@ -363,6 +366,10 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
             }
         },
         max_passes: number("max_passes")?,
+        eviction: kind.ok_or_else(|| {
+            let names = EvictionKind::ALL.map(|(name, _)| name).join(", ");
+            invalid("eviction", format!("eviction is {eviction:?}, allowed are {names}"))
+        })?,
         attention_cost_tokens: number("attention_cost_tokens")?,
         attention_split_tokens: number("attention_split_tokens")?,
         group_cost_tokens: number("group_cost_tokens")?,

@@ -5,7 +5,7 @@
 
 use crate::ids::{Label, Token};
 
-/// Folded multiplication, two tokens per factor: 4 multiplications for a block of 16.
+/// Folded multiplication, two tokens per factor: 5 multiplications for a block of 16.
 pub(super) struct BlockHash {
     keys: [u64; 2],
 }
@@ -13,12 +13,13 @@ pub(super) struct BlockHash {
 impl BlockHash {
     pub(super) fn new(seed: u64) -> BlockHash {
         let state = fold(seed ^ 0x9e37_79b9_7f4a_7c15, 0xd6e8_feb8_6659_fd93);
-        BlockHash { keys: [state, fold(!seed, 0xa076_1d64_78bd_642f) | 1] }
+        BlockHash { keys: [state, fold(seed ^ 0xe703_7ed1_a0b4_28db, 0xa076_1d64_78bd_642f) | 1] }
     }
 
     pub(super) fn of(&self, parent: u32, label: Label, tokens: &[Token]) -> u32 {
         let pair = |pair: &[Token]| u64::from(pair[0] as u32) << 32 | u64::from(pair[1] as u32);
-        let mut state = self.keys[0] ^ (u64::from(label.number()) << 32 | u64::from(parent));
+        // Folded before a token comes to it, or a label and a first token that differ in the same bits would cancel out.
+        let mut state = fold(self.keys[0] ^ (u64::from(label.number()) << 32 | u64::from(parent)), self.keys[1]);
         let quads = tokens.chunks_exact(4);
         let rest = quads.remainder();
         for quad in quads {
@@ -57,6 +58,8 @@ mod tests {
         }
         assert_ne!(hash.of(1, label, &tokens), hash.of(0, label, &tokens));
         assert_ne!(hash.of(0, Label::recipe(0), &tokens), hash.of(0, label, &tokens));
+        let (own, other) = (hash.of(0, Label::recipe(0), &[1; 16]), hash.of(0, Label::recipe(1), &[0; 16]));
+        assert_ne!(own, other, "a label is not one more bit of the first token");
         assert_ne!(BlockHash::new(2).of(0, label, &tokens), hash.of(0, label, &tokens));
     }
 

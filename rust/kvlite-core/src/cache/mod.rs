@@ -8,19 +8,24 @@ mod blocks;
 mod evict;
 mod free_map;
 mod hash;
+mod past;
 mod radix;
 mod segments;
+mod wants;
+mod watch;
 
 pub use blocks::{BlockCounts, BlockState};
-pub use evict::{EvictionPolicy, Lru};
 pub use radix::MAX_PARTIAL_CANDIDATES;
 pub use segments::{SegmentId, SegmentState, SegmentView};
+pub use wants::{MAX_WATCHED, Turn};
 
 use crate::config::CoreConfig;
 use crate::ids::{BlockId, Label, Lookup, Token};
 use blocks::BlockPool;
+use evict::Evictor;
 use radix::{Parent, Tree};
 use segments::Segments;
+use wants::Wants;
 
 /// No block, in the flat arrays of this module.
 const NONE: u32 = u32::MAX;
@@ -51,30 +56,25 @@ pub struct PartialHit {
 /// ```
 /// A sequence therefore pins only the end of its path. Pinning walks up while blocks pass from cached to owned, so it is
 /// O(1) on a path already in use, and a block's state says at any moment whether eviction may take it.
-pub struct Cache<E: EvictionPolicy = Lru> {
+pub struct Cache {
     pool: BlockPool,
     tree: Tree,
-    evictor: E,
+    evictor: Evictor,
+    wants: Wants,
     segments: Segments,
     /// False: a block that loses its last use is dropped at once, and nothing is ever found.
     keeps_released: bool,
 }
 
 impl Cache {
-    /// A cache with LRU eviction for a validated config. All memory is taken here.
+    /// A cache for a validated config. All memory is taken here.
     pub fn new(config: &CoreConfig) -> Cache {
-        Cache::with_policy(config)
-    }
-}
-
-impl<E: EvictionPolicy> Cache<E> {
-    /// The same under another eviction policy.
-    pub fn with_policy(config: &CoreConfig) -> Cache<E> {
         let num_blocks = config.num_blocks as usize;
         Cache {
             pool: BlockPool::new(num_blocks),
             tree: Tree::new(num_blocks, config.block_size as usize, config.hash_seed),
-            evictor: E::new(num_blocks),
+            evictor: Evictor::new(config),
+            wants: Wants::new(num_blocks),
             segments: Segments::new(config),
             keeps_released: config.enable_prefix_caching,
         }
@@ -106,7 +106,7 @@ impl<E: EvictionPolicy> Cache<E> {
         let mut at = self.in_tree(block);
         while self.pool.add_ref(at) {
             self.pool.set_state(at, BlockState::Owned);
-            self.evictor.removed(at);
+            self.wake(at);
             let Some(parent) = self.tree.parent(at) else { break };
             at = parent;
         }
@@ -119,7 +119,7 @@ impl<E: EvictionPolicy> Cache<E> {
             let parent = self.tree.parent(at);
             if self.keeps_released {
                 self.pool.set_state(at, BlockState::Cached);
-                self.evictor.released(at);
+                self.rest(at);
             } else {
                 self.drop_block(at);
             }
@@ -138,7 +138,7 @@ impl<E: EvictionPolicy> Cache<E> {
             return false;
         }
         while self.pool.counts().free < count {
-            match self.evictor.victim() {
+            match self.next_victim() {
                 Some(victim) => self.drop_cached(victim),
                 None => self.evict_segment(),
             }
@@ -174,6 +174,7 @@ impl<E: EvictionPolicy> Cache<E> {
         };
         match self.tree.link(above, label, tokens, index) {
             Ok(()) => {
+                self.evictor.entered(index, above.as_block(), label, tokens);
                 if let Some(above) = above.as_block() {
                     self.pool.add_ref(above);
                 }
@@ -229,12 +230,18 @@ impl<E: EvictionPolicy> Cache<E> {
 
     /// The block of the tree that eviction would take next.
     pub fn victim(&self) -> Option<BlockId> {
-        self.evictor.victim().map(|block| self.pool.name(block))
+        self.next_victim().map(|block| self.pool.name(block))
+    }
+
+    /// Uses of a block in the tree that the order of eviction knows of, at most 255: its own stay and, as far as they are
+    /// remembered, those before it was last evicted. O(1).
+    pub fn uses(&self, block: BlockId) -> u8 {
+        self.evictor.uses(self.in_tree(block))
     }
 
     /// Drops every cached block, segments' too; what is in use or pinned stays. O(cached blocks).
     pub fn clear(&mut self) {
-        while let Some(victim) = self.evictor.victim() {
+        while let Some(victim) = self.next_victim() {
             self.drop_cached(victim);
         }
         self.clear_segments();
@@ -259,27 +266,49 @@ impl<E: EvictionPolicy> Cache<E> {
             let expected = if refs > 0 { BlockState::Owned } else { BlockState::Cached };
             assert!(state == expected, "block {block} is {state:?} in the tree with {refs} references");
         }
+        self.audit_orders(cached_in_segments);
+    }
+
+    /// Each cached block is in one order of eviction, and none goes before its child.
+    fn audit_orders(&self, cached_in_segments: usize) {
+        let num_blocks = self.pool.num_blocks();
+        let is_cached = |block: u32| self.pool.state(block) == BlockState::Cached;
         let mut rank = vec![usize::MAX; num_blocks];
         let mut num_ordered = 0;
         for block in self.evictor.order() {
             assert!(rank[block as usize] == usize::MAX, "block {block} is twice in the order of eviction");
-            assert!(self.pool.state(block) == BlockState::Cached, "block {block} would be evicted but is not cached");
+            assert!(is_cached(block), "block {block} would be evicted but is not cached");
+            assert!(!self.wants.is_wanted(block), "block {block} is wanted and in the order of those that are not");
             let all_gone = self.tree.children(block).all(|child| rank[child as usize] != usize::MAX);
             assert!(all_gone, "block {block} would be evicted before its child");
             rank[block as usize] = num_ordered;
             num_ordered += 1;
         }
-        let (evictable, cached) = (num_ordered + cached_in_segments, self.counts().cached);
+        assert!(self.evictor.order().first().copied() == self.evictor.victim(), "the victim is first in the order");
+        let wanted = (0..num_blocks as u32).filter(|&block| is_cached(block) && self.wants.is_wanted(block));
+        let evictable = num_ordered + wanted.count() + cached_in_segments;
+        let cached = self.counts().cached;
         assert!(evictable == cached, "{evictable} blocks can be evicted, {cached} are cached");
+        self.wants.audit(|block| self.tree.parent(block), |block| is_cached(block) && self.is_end(block));
+    }
+
+    /// What nobody waits for, in the policy's order; then what is needed last.
+    fn next_victim(&self) -> Option<u32> {
+        self.evictor.victim().or_else(|| self.wants.victim())
     }
 
     fn drop_cached(&mut self, block: u32) {
-        self.evictor.removed(block);
+        let parent = self.tree.parent(block);
+        self.take_from_order(block);
         self.drop_block(block);
+        if let Some(parent) = parent {
+            self.lost_child(parent);
+        }
     }
 
     /// Forgets a leaf that is in the tree and in nobody's use.
     fn drop_block(&mut self, block: u32) {
+        self.evictor.left(block);
         self.tree.unlink(block);
         self.pool.release(block);
     }

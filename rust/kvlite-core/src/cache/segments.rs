@@ -18,7 +18,6 @@ use std::fmt;
 
 pub(super) use store::Segments;
 
-use super::evict::EvictionPolicy;
 use super::{BlockState, Cache, NONE};
 use crate::ids::{BlockId, TenantId, Token};
 use store::Entry;
@@ -70,7 +69,7 @@ pub struct SegmentView<'a> {
     pub hits: u32,
 }
 
-impl<E: EvictionPolicy> Cache<E> {
+impl Cache {
     /// The segment of these ids, in any state: the tenant's own, else a public one. O(ids).
     pub fn find_segment(&self, tenant: TenantId, ids: &[Token]) -> Option<SegmentId> {
         let digest = self.segments.digest(ids);

@@ -24,10 +24,6 @@ impl Core {
     pub(super) fn admit(&mut self, plan: &mut PlanWriter<'_>, record: &mut PlanRecord, budget: &mut Budget) {
         self.queue.begin_step();
         self.begin_arranged();
-        if self.free_rows.is_empty() {
-            self.keep_prefix_warm();
-            return;
-        }
         while budget.tokens() > 0 && !self.free_rows.is_empty() {
             let Some(slot) = self.candidate() else { break };
             if !self.arranged.is_on() {
@@ -117,7 +113,6 @@ impl Core {
         let fits = self.free_rows.len() >= num_rows + kept;
         if !fits && kept == 0 {
             self.refused = Some((slot, self.room_epoch));
-            self.keep_prefix_warm();
         }
         fits
     }
@@ -157,21 +152,6 @@ impl Core {
         let spans: Vec<usize> = blend.reused.iter().map(|range| blend.rule.span_of(range.start)).collect();
         self.make_holes(slot, spans);
         true
-    }
-
-    /// Makes what the next candidate will hit the last to be evicted; at most once per change of room.
-    fn keep_prefix_warm(&mut self) {
-        let (settled, epoch) = (self.queue.settled(), self.room_epoch);
-        if self.warmed.is_some_and(|(slot, at)| at == epoch && settled.is_none_or(|settled| settled == slot)) {
-            return;
-        }
-        let Some(slot) = self.candidate() else { return };
-        self.warmed = Some((slot, epoch));
-        self.find_prefix(slot, true);
-        if let Some(&cursor) = self.scratch_hits.last() {
-            self.cache.pin(cursor);
-            self.cache.unpin(cursor);
-        }
     }
 
     /// Full hits go to `scratch_hits`; at least one token is left to compute.
@@ -291,6 +271,7 @@ impl Core {
     ) {
         let block_size = self.config.block_size;
         let row = self.free_rows.pop().expect("rows were counted before");
+        self.unwatch(slot);
         let seq = &mut self.seqs[slot as usize];
         self.queue.admit(seq.tenant(), seq.place(slot));
         self.arrange_admission(slot);

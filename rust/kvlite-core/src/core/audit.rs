@@ -20,6 +20,7 @@ impl Core {
         self.audit_requests();
         self.audit_reuse();
         self.audit_moves();
+        self.audit_watched();
     }
 
     /// Whoever is about to leave is in no queue, whoever arrives holds what it was promised.

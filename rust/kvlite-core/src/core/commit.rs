@@ -114,7 +114,9 @@ impl Core {
             }
             let seq = &mut self.seqs[slot as usize];
             seq.tree_len = at as u32 + 1;
-            if let Inserted::Duplicate(existing) = inserted {
+            if inserted == Inserted::New {
+                self.follow(block);
+            } else if let Inserted::Duplicate(existing) = inserted {
                 self.grouping.forget();
                 seq.blocks[at] = existing;
                 seq.table_len = seq.table_len.min(at as u32);

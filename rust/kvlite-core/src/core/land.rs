@@ -237,7 +237,10 @@ impl Core {
             arrival.landed.remove(&(choice, index));
             let text = &tokens[index as usize * block_size..][..block_size];
             let next = match self.cache.insert(label, *cursor, text, landing.block) {
-                Inserted::New => landing.block,
+                Inserted::New => {
+                    self.follow(landing.block);
+                    landing.block
+                }
                 Inserted::Duplicate(existing) => {
                     self.cache.free(landing.block);
                     existing

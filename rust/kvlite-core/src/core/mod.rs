@@ -29,13 +29,14 @@ mod service;
 mod stats;
 mod turns;
 mod waiting;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use crate::cache::{Cache, SegmentId};
+use crate::cache::{Cache, SegmentId, Turn};
 use crate::config::CoreConfig;
 use crate::error::CoreError;
 use crate::ids::BlockId;
@@ -71,6 +72,8 @@ pub struct Core {
     free_slots: Vec<u32>,
     queue: Queue,
     arranged: Arranged,
+    /// Turns beyond those that the cache watches; see `watch.rs`.
+    beyond: BTreeSet<Turn>,
     /// Sequences that wait for segments, outside the queue.
     num_outside: usize,
     /// Sequences that waited when they were frozen.
@@ -103,8 +106,6 @@ pub struct Core {
     room_epoch: u64,
     /// The candidate that did not fit, and when.
     refused: Option<(u32, u64)>,
-    /// The candidate whose prefix was kept from eviction while no row was free, and when.
-    warmed: Option<(u32, u64)>,
     out_committed: Vec<[i32; 3]>,
     out_finished: Vec<[i32; 3]>,
     scratch_hits: Vec<BlockId>,
@@ -144,6 +145,7 @@ impl Core {
             free_slots: Vec::new(),
             queue: Queue::new(&config),
             arranged: Arranged::new(&config),
+            beyond: BTreeSet::new(),
             num_outside: 0,
             num_shelved: 0,
             makers: FxHashMap::default(),
@@ -162,7 +164,6 @@ impl Core {
             num_leaving: 0,
             room_epoch: 0,
             refused: None,
-            warmed: None,
             out_committed: Vec::with_capacity(2 * num_seqs),
             out_finished: Vec::with_capacity(max_finished),
             scratch_hits: Vec::with_capacity(max_blocks),

@@ -20,6 +20,7 @@ impl Core {
         let seq = &self.seqs[slot as usize];
         self.queue.insert(seq.tenant(), seq.place(slot), seq.tokens.len() as u32);
         self.arrange_arrival(slot);
+        self.watch(slot);
     }
 
     /// Without having been admitted; nothing happens if it is outside the queue.
@@ -27,6 +28,7 @@ impl Core {
         let seq = &self.seqs[slot as usize];
         self.queue.remove(seq.tenant(), seq.place(slot));
         self.arrange_departure(slot);
+        self.unwatch(slot);
     }
 
     /// Who comes next. Asks the cache only where the policy compares and nobody was chosen before, and then a

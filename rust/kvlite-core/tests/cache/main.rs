@@ -1,5 +1,6 @@
 //! What the cache promises, one sentence per test. Random operations are in `model.rs`.
 
+mod eviction;
 mod labels;
 mod matching;
 mod misuse;
@@ -7,7 +8,7 @@ mod pool;
 mod segments;
 
 use kvlite_core::cache::{BlockCounts, BlockState, Cache, Inserted, MAX_PARTIAL_CANDIDATES, PartialHit};
-use kvlite_core::{BlockId, CoreConfig, Label, Lookup, PolicyKind, TenantId, Token};
+use kvlite_core::{BlockId, CoreConfig, EvictionKind, Label, Lookup, PolicyKind, TenantId, Token};
 
 const BLOCK_SIZE: usize = 4;
 
@@ -23,6 +24,7 @@ fn config(num_blocks: u32) -> CoreConfig {
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
         max_passes: 64,
+        eviction: EvictionKind::ReuseWeighted,
         attention_cost_tokens: 1,
         attention_split_tokens: 256,
         group_cost_tokens: 0,

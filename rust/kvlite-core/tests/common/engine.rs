@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use kvlite_core::plan::{Header, PROMPT_LOGPROB, PlanView, Region};
-use kvlite_core::{Core, CoreConfig, CoreError, FinishReason, PolicyKind};
+use kvlite_core::{Core, CoreConfig, CoreError, EvictionKind, FinishReason, PolicyKind};
 
 use super::Asked;
 use super::device::Device;
@@ -115,6 +115,7 @@ pub fn small_config() -> CoreConfig {
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
         max_passes: 64,
+        eviction: EvictionKind::ReuseWeighted,
         attention_cost_tokens: 4096,
         attention_split_tokens: 256,
         group_cost_tokens: 0,

@@ -2,7 +2,7 @@
 #![allow(dead_code)] // The test and the bench each use their own part.
 
 use kvlite_core::plan::{Header, PlanView, Region};
-use kvlite_core::{Core, CoreConfig, PolicyKind, Request};
+use kvlite_core::{Core, CoreConfig, EvictionKind, PolicyKind, Request};
 
 const BLOCK_SIZE: u32 = 16;
 const VOCAB_SIZE: u32 = 150_000;
@@ -36,6 +36,7 @@ impl Steady {
             enable_prefix_caching: true,
             policy,
             max_passes: 64,
+            eviction: EvictionKind::ReuseWeighted,
             attention_cost_tokens: 4096,
             attention_split_tokens: 256,
             group_cost_tokens: 0,

@@ -1,6 +1,6 @@
 //! Random configurations and requests that collide: prompts cut from few texts, documents that many requests share.
 
-use kvlite_core::{CoreConfig, PolicyKind, Round, Scope};
+use kvlite_core::{CoreConfig, EvictionKind, PolicyKind, Round, Scope};
 
 use super::{Asked, Blend, PUBLIC, Rng, mix};
 
@@ -26,6 +26,7 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         enable_prefix_caching: !rng.chance(12),
         policy: PolicyKind::Fcfs,
         max_passes: 64,
+        eviction: EvictionKind::ReuseWeighted,
         attention_cost_tokens: rng.range(1, 64) as u32,
         attention_split_tokens: 1,
         group_cost_tokens: 0,
@@ -44,6 +45,7 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         group_cost_tokens: [0, 0, 5, i32::MAX as u32][(bits >> 2) as usize % 4],
         policy: POLICIES[(bits >> 8) as usize % POLICIES.len()],
         max_passes: [0, 1, 2, 64][(bits >> 16) as usize % 4],
+        eviction: EvictionKind::ALL[(bits >> 4) as usize % 4].1,
         ..config
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! The oracle of `tests/model.rs`. Owns no blocks: it is told which names the cache gave away. Nothing here is clever.
 
+pub mod order;
 pub mod segments;
 
 use kvlite_core::cache::{BlockCounts, MAX_PARTIAL_CANDIDATES, PartialHit, SegmentState};
-use kvlite_core::{BlockId, Label, Lookup, Token};
+use kvlite_core::{BlockId, EvictionKind, Label, Lookup, Token};
+use order::Watched;
 use segments::Segment;
 
 /// Tokens from the root on, each with the label of its block.
@@ -19,6 +21,13 @@ pub struct Entry {
     /// When the entry lost its last protection; none while it is protected.
     pub released: Option<u64>,
     pub born: u64,
+    /// Number of its last release; 0: none yet.
+    pub stamp: u64,
+    /// As the order of eviction counts them.
+    pub uses: u64,
+    pub class: u64,
+    /// The highest class of a child that was released below it.
+    pub floor: u64,
 }
 
 /// The obvious cache: a list, searched from end to end for every question.
@@ -33,6 +42,13 @@ pub struct Naive {
     /// Every name the cache has given away so far.
     pub named: Vec<BlockId>,
     pub clock: u64,
+    pub eviction: EvictionKind,
+    pub num_releases: u64,
+    /// Mean releases between uses, times 1,024.
+    pub interval: u64,
+    /// Path, uses and last release of what is gone.
+    pub past: Vec<(Path, u64, u64)>,
+    pub watched: Vec<Watched>,
 }
 
 impl Naive {
@@ -58,23 +74,16 @@ impl Naive {
         BlockCounts { free: self.regime.num_blocks - cached - owned - in_transfer, cached, owned, in_transfer }
     }
 
-    pub fn oldest(&self) -> Option<usize> {
-        let released = (0..self.entries.len()).filter(|&at| self.entries[at].released.is_some());
-        released.min_by_key(|&at| self.entries[at].released)
-    }
-
     /// Evicts until `count` blocks are free: from the tree, then whole segments; says how many of each.
     pub fn evict_for(&mut self, count: usize) -> (usize, usize) {
         let (mut num_blocks, mut num_segments) = (0, 0);
         while self.counts().free < count {
-            let Some(at) = self.oldest() else {
+            let Some(at) = self.victim() else {
                 self.evict_segment();
                 num_segments += 1;
                 continue;
             };
-            let gone = self.entries.swap_remove(at);
-            let has_tail = self.entries.iter().any(|entry| entry.path.starts_with(&gone.path));
-            assert!(!has_tail, "the model evicts {:?} from the middle of a path", gone.path);
+            self.forget(at);
             num_blocks += 1;
         }
         (num_blocks, num_segments)
@@ -83,8 +92,12 @@ impl Naive {
     pub fn pin(&mut self, path: &[(Label, Token)]) {
         let at = self.position(path).expect("only stored paths are pinned");
         self.entries[at].users += 1;
-        for entry in self.entries.iter_mut().filter(|entry| path.starts_with(&entry.path)) {
-            entry.released = None;
+        for len in (1..=path.len() / self.regime.block_size).rev() {
+            let at = self.position(&path[..len * self.regime.block_size]).expect("a stored path is stored whole");
+            if self.entries[at].released.take().is_some() {
+                self.entries[at].uses = (self.entries[at].uses + 1).min(255);
+                self.came_back(self.entries[at].stamp);
+            }
         }
     }
 
@@ -95,9 +108,10 @@ impl Naive {
             let prefix = &path[..len * self.regime.block_size];
             let at = self.position(prefix).expect("a stored path is stored from its beginning");
             if !self.is_protected(prefix) && self.entries[at].released.is_none() {
-                self.entries[at].released = Some(self.tick());
-                if !self.regime.keeps_released {
-                    self.entries.swap_remove(at);
+                if self.regime.keeps_released {
+                    self.rest(at);
+                } else {
+                    self.forget(at);
                 }
             }
         }

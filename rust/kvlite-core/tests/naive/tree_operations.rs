@@ -1,9 +1,10 @@
 //! Random operations on blocks and paths, applied to the cache and to the list; part of `tests/model.rs`.
 
-use super::naive::{Entry, Path};
+use super::naive::order::Watched;
+use super::naive::{Entry, Naive, Path};
 use super::segment_operations::EVICTED_FOR_BLOCKS;
 use super::{BlockId, BlockState, Label, Lookup, MAX_PARTIAL_CANDIDATES, Pair, TenantId, Token};
-use kvlite_core::cache::Inserted;
+use kvlite_core::cache::{Inserted, Turn};
 
 impl Pair {
     pub fn tokens(&mut self, len: usize, vocab: u64) -> Vec<Token> {
@@ -95,7 +96,10 @@ impl Pair {
             self.seen.refused += 1;
             return;
         }
+        let wanted = |naive: &Naive| naive.entries.iter().filter(|entry| naive.is_wanted(&entry.path)).count();
+        let before = wanted(&self.naive);
         let (num_blocks, num_segments) = self.naive.evict_for(count);
+        self.seen.wanted_evicted += before - wanted(&self.naive);
         self.seen.evicted += num_blocks;
         self.seen.segments[EVICTED_FOR_BLOCKS] += num_segments;
         for block in std::mem::take(&mut self.out) {
@@ -157,7 +161,7 @@ impl Pair {
                 assert_eq!(done, Inserted::New, "{path:?} is not stored");
                 let born = self.naive.tick();
                 self.naive.private.swap_remove(at);
-                self.naive.entries.push(Entry { path: path.clone(), block, users: 1, released: None, born });
+                self.enter(path.clone(), block, born);
                 self.pins.push((path, block));
             }
         }
@@ -166,6 +170,47 @@ impl Pair {
             && self.random.below(2) == 0
         {
             self.unpin(pin);
+        }
+    }
+
+    /// A block is new in the tree; of what it was before it was evicted, the cache may have lost all but invented nothing.
+    fn enter(&mut self, path: Path, block: BlockId, born: u64) {
+        let uses = u64::from(self.cache.uses(block));
+        let past = self.naive.past.iter().find(|(gone, ..)| *gone == path).map(|&(_, uses, stamp)| (uses, stamp));
+        if uses > 1 {
+            let (before, stamp) = past.expect("a block without a past has one use");
+            assert_eq!(uses, (before + 1).min(255), "uses of {path:?}");
+            self.naive.came_back(stamp);
+            self.seen.remembered += 1;
+        }
+        self.seen.forgotten += usize::from(uses == 1 && past.is_some());
+        self.naive.follow(&path);
+        let entry = Entry { path, block, users: 1, released: None, born, stamp: 0, uses, class: 0, floor: 0 };
+        self.naive.entries.push(entry);
+        let watched = &self.naive.watched;
+        let asked = |turn| watched.iter().find(|one| one.turn == turn).expect("it is watched");
+        self.cache.follow(block, |turn| (asked(turn).lookup, &asked(turn).tokens));
+    }
+
+    /// A request comes to wait.
+    pub fn watch(&mut self) {
+        let (lookup, tokens) = self.prompt();
+        let rank = (self.random.below(4) as i64, 0);
+        self.num_turns += 1;
+        let turn = Turn { rank, choice: self.random.below(2) as u32, slot: self.num_turns };
+        self.cache.watch(turn, lookup, &tokens);
+        if self.naive.regime.keeps_released {
+            let (path, _, _) = self.naive.longest_match(lookup, &tokens, usize::MAX);
+            self.naive.watched.push(Watched { turn, lookup, tokens, path });
+        }
+    }
+
+    /// One of them leaves.
+    pub fn unwatch(&mut self) {
+        if !self.naive.watched.is_empty() {
+            let at = self.random.index(self.naive.watched.len());
+            assert!(self.cache.unwatch(self.naive.watched[at].turn), "it was watched");
+            self.naive.unwatch(at);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use kvlite_core::plan::{Header, PlanView, Region};
-use kvlite_core::{BlendRequest, Core, CoreConfig, PolicyKind, Request, Round, Scope};
+use kvlite_core::{BlendRequest, Core, CoreConfig, EvictionKind, PolicyKind, Request, Round, Scope};
 
 pub const BLOCK: u32 = 4;
 
@@ -19,6 +19,7 @@ pub fn config() -> CoreConfig {
         enable_prefix_caching: true,
         policy: PolicyKind::Fcfs,
         max_passes: 64,
+        eviction: EvictionKind::ReuseWeighted,
         attention_cost_tokens: 1 << 20,
         attention_split_tokens: 256,
         group_cost_tokens: 0,
