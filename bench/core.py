@@ -80,6 +80,8 @@ class Loop:
             "attention_cost_tokens": 4096,
             "attention_split_tokens": 256,
             "group_cost_tokens": 0,
+            "host_blocks": 0,
+            "swap_cost_tokens": 0,
             "reserve_tokens": 0,
             "watermark_ratio": 1.0,
             "segment_cache_ratio": 0.0,

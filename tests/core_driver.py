@@ -23,6 +23,8 @@ CONFIG: dict[str, Any] = {
     "attention_cost_tokens": 1000,
     "attention_split_tokens": 256,
     "group_cost_tokens": 0,
+    "host_blocks": 0,
+    "swap_cost_tokens": 0,
     "reserve_tokens": 4,
     "watermark_ratio": 0.95,
     "segment_cache_ratio": 0.5,

@@ -33,6 +33,8 @@ class Fault(RuntimeError):
 
 class _CoreConfig(TypedDict):
     num_blocks: int
+    host_blocks: int
+    swap_cost_tokens: int
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -78,6 +80,7 @@ class _CoreStats(TypedDict):
     cached_blocks: int
     owned_blocks: int
     in_transfer_blocks: int
+    host_blocks: int
     num_segments: int
     segment_blocks: int
     pinned_blocks: int
@@ -87,6 +90,9 @@ class _CoreStats(TypedDict):
     preemptions_total: int
     prompt_tokens_total: int
     prefix_hit_tokens_total: int
+    host_hit_tokens_total: int
+    demoted_blocks_total: int
+    promoted_blocks_total: int
     segment_hit_tokens_total: int
     blended_tokens_total: int
     recomputed_tokens_total: int

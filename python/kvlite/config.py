@@ -127,6 +127,10 @@ class EngineConfig:
         None, int, "memory for the KV cache (accepts 512MiB, 2GiB)", low=1, high=1 << 46, unit="bytes",
         auto="a quarter of the free memory, at most 2 GiB on a CPU; 60 % of it on a GPU",
     )  # fmt: skip
+    host_cache_bytes: int | None = _setting(
+        None, int, "main memory for cached KV that the KV cache has no room for; 0 keeps none", low=0, high=1 << 46,
+        unit="bytes", auto="none on a CPU; beside a GPU a quarter of the free memory, at most four KV caches",
+    )  # fmt: skip
     max_num_seqs: int = _setting(64, int, "sequences that run at once", low=1, high=1 << 16, core=True, batch=256)
     max_num_batched_tokens: int = _setting(
         1024, int, "tokens computed per step", low=1, high=1 << 20, unit="tokens", core=True, batch=2048

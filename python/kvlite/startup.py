@@ -26,10 +26,11 @@ from kvlite.request import RequestLimits, resolve_method
 from kvlite.reuse_types import Reuse
 from kvlite.runner.graphs import CudaRecorder, graph_sizes
 from kvlite.runner.grouping import NEVER, SPLIT, measure_group_cost
-from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes
+from kvlite.runner.kv_pool import KVPool, KVShape, cache_budget_bytes, host_budget_bytes
 from kvlite.runner.model_runner import LOGITS_ROWS, ModelRunner
 from kvlite.runner.plan import Arena, Layout
 from kvlite.runner.sampler import Sampler
+from kvlite.runner.swapping import measure_swap_cost
 from kvlite.tokenizer import Tokenizer
 
 SHIPPED_MODEL = Path(__file__).parent / "model"
@@ -59,6 +60,10 @@ class Startup:
     """64 bits of the model's shape, number format and weights: equal where KV means the same."""
     phase_s: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds of each phase, in order."""
+    host_blocks: int = 0
+    """Blocks of the host tier, as large as those of the pool."""
+    swap_cost_tokens: int = 0
+    """Tokens whose prefill takes as long as a block to the host and back."""
 
     @property
     def kv_tokens(self) -> int:
@@ -73,11 +78,14 @@ class Startup:
         """(what, value) in words."""
         length = min(4096, self.max_model_len)
         numbers = f"{self.dtype}, deterministic" if self.deterministic else self.dtype
+        host_bytes = self.kv_cache_bytes // self.num_blocks * self.host_blocks
+        host = f"{_mebibytes(host_bytes)}: {self.host_blocks} blocks, each worth {self.swap_cost_tokens} tokens to swap"
         return [
             ("model", self.model),
             ("device", f"{self.device}, {numbers}, {self.num_threads} threads"),
             ("weights", _mebibytes(self.weights_bytes)),
             ("KV cache", f"{_mebibytes(self.kv_cache_bytes)}: {self.num_blocks} blocks of {self.block_size} tokens"),
+            *([("host cache", host)] if self.host_blocks else []),
             ("fits", f"{self.kv_tokens} tokens, {self.concurrency(length):.1f} requests of {length} tokens"),
             ("start", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phase_s.items())),
         ]
@@ -134,7 +142,12 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
     # Groups share whole splits of cached prompts: where no request is so long, or nothing is cached, none can form.
     may_group = config.prefix_grouping and config.enable_prefix_caching and max_model_len > SPLIT
     group_cost = measure_group_cost(ops, model, dtype, device) if may_group else NEVER
-    core, arenas = _core_and_arenas(config, model, limits, identity, device, group_cost)
+    swap_cost = 0
+    if pool.host_blocks:
+        with _phase(phases, "host cache"):
+            swap_cost = measure_swap_cost(decoder, pool, max_model_len)
+    costs = {"group_cost_tokens": group_cost, "swap_cost_tokens": swap_cost, "host_blocks": pool.host_blocks}
+    core, arenas = _core_and_arenas(config, model, limits, identity, device, costs)
     startup = Startup(
         model=str(directory),
         device=str(device),
@@ -148,6 +161,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Parts:
         block_size=config.block_size,
         model_digest=identity.model_digest,
         phase_s=phases,
+        host_blocks=pool.host_blocks,
+        swap_cost_tokens=swap_cost,
     )
     sampler, canonical_len = _sampler(config, model, device, ops), len(identity.canonical_prefix)
     runner = ModelRunner(decoder, pool, sampler, canonical_len=canonical_len)
@@ -207,6 +222,8 @@ def _pool(config: EngineConfig, model: ModelConfig, decoder: Decoder, max_model_
             "kv_cache_bytes",
             f"{budget} bytes hold no block: one of {config.block_size} tokens needs {shape.bytes_per_block}",
         )
+    host_bytes = host_budget_bytes(config.host_cache_bytes, num_blocks * shape.bytes_per_block, decoder.device)
+    host_blocks = min(host_bytes // shape.bytes_per_block, NUM_BLOCKS_MAX // config.block_size)
     try:
         return KVPool(
             shape,
@@ -214,9 +231,12 @@ def _pool(config: EngineConfig, model: ModelConfig, decoder: Decoder, max_model_
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             device=decoder.device,
+            host_blocks=host_blocks if config.enable_prefix_caching else 0,
         )
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise ConfigError("kv_cache_bytes", f"{budget} bytes cannot be had on this machine: ask for less") from None
+    except (OSError, MemoryError, RuntimeError):
+        host = f" and {host_bytes} of host_cache_bytes" if host_blocks else ""
+        what = f"{budget} bytes{host} cannot be had on this machine: ask for less"
+        raise ConfigError("kv_cache_bytes", what) from None
 
 
 def _sampler(config: EngineConfig, model: ModelConfig, device: torch.device, ops: Ops) -> Sampler:
@@ -277,7 +297,7 @@ def _core_and_arenas(
     limits: RequestLimits,
     identity: _Identity,
     device: torch.device,
-    group_cost: int,
+    costs: dict[str, int],
 ) -> tuple[_core.Core, tuple[Arena, Arena]]:
     values: dict[str, Any] = config.core_values() | {
         "max_model_len": limits.max_model_len,
@@ -287,11 +307,11 @@ def _core_and_arenas(
         "vocab_size": model.vocab_size,
         "attention_cost_tokens": attention_cost_tokens(model),
         "attention_split_tokens": SPLIT,
-        "group_cost_tokens": group_cost,
         "hash_seed": secrets.randbits(63),
         "canonical_prefix": identity.canonical_prefix,
         "model_digest": identity.model_digest,
         "max_segments": config.max_documents,
+        **costs,
     }
     layout = Layout.of(
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -300,6 +320,7 @@ def _core_and_arenas(
         block_size=config.block_size,
         max_num_waiting=config.max_num_waiting,
         max_segments=config.max_documents,
+        host_blocks=costs["host_blocks"],
     )
     layout.check(_core.Core.layout(**values))
     arenas = (Arena(layout, device), Arena(layout, device))

@@ -283,6 +283,14 @@ class EngineStats:
     free_blocks: int = 0
     cached_blocks: int = 0
     owned_blocks: int = 0
+    host_blocks: int = 0
+    """Blocks of the host tier that hold KV."""
+    host_hit_tokens: int = 0
+    """Tokens copied back from there, for prompts and after preemptions."""
+    demoted_blocks: int = 0
+    """Blocks copied there."""
+    promoted_blocks: int = 0
+    """Blocks copied back."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""

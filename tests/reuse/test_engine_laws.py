@@ -201,14 +201,19 @@ DEEPER = [("deviation", {"check_layer": 2}), ("attention-deviation", {"check_lay
 
 
 @pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in METHODS), *DEEPER])
-def test_a_preempted_blend_goes_on_as_if_nothing_had_been(method: str, options: dict[str, int]) -> None:
+def test_a_preempted_blend_goes_on_as_if_nothing_had_been(
+    monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, int]
+) -> None:
     reuse, long = Reuse.blend(0.2, method, **options), replace(PARAMS, max_tokens=60)
     prompts = [PROMPT, parts(*DOCS[::-1], QUESTION), parts(GAP, DOCS[1], QUESTION), parts(DOCS[2], HEAD, QUESTION)]
     alone = [fresh(prompt, reuse, long) for prompt in prompts]
     small = pool_of(27)
-    with engine(deterministic=True, kv_cache_bytes=small, reserve_tokens=1) as made:
-        assert run_together(made, prompts, long, [RequestOptions(reuse=reuse)] * 4) == alone
-        assert made.stats().num_preemptions > 0, "or this test proves nothing"
+    monkeypatch.setattr("kvlite.startup.measure_swap_cost", lambda *_: 0)
+    for host in (0, 2 * small):
+        with engine(deterministic=True, kv_cache_bytes=small, host_cache_bytes=host, reserve_tokens=1) as made:
+            assert run_together(made, prompts, long, [RequestOptions(reuse=reuse)] * 4) == alone
+            stats = made.stats()
+            assert stats.num_preemptions > 0 and (stats.demoted_blocks > 0) == (host > 0), "or this test proves nothing"
 
 
 @pytest.mark.parametrize("method", ["deviation", "attention-deviation"])

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvlite.runner.kv_pool import CPU_CACHE_BYTES_LIMIT, KVPool, KVShape, available_memory_bytes, cache_budget_bytes
+from kvlite.runner.kv_pool import (
+    CPU_CACHE_BYTES_LIMIT,
+    KVPool,
+    KVShape,
+    available_memory_bytes,
+    cache_budget_bytes,
+    host_budget_bytes,
+    runs,
+)
 from kvlite.runner.plan import Plan
 
 CPU = torch.device("cpu")
@@ -84,3 +92,29 @@ def test_a_plan_places_rows_of_segments_with_their_links() -> None:
     assert torch.equal(links[[14, 15, 4, 5, 8]], links[[17, 18, 19, 20, 21]])
     made.apply(plan(updates=[(1, 0, 3)]))
     assert not made.links[3].any() and bool(made.links[1].any())
+
+
+def test_blocks_go_to_the_host_before_others_come_into_their_place() -> None:
+    made = KVPool(
+        KVShape(2, 4, 3, 8, torch.float32), num_blocks=6, max_num_seqs=2, max_model_len=17, device=CPU, host_blocks=5
+    )
+    made.data.copy_(torch.randn(made.data.shape))
+    made.host.copy_(torch.randn(made.host.shape))
+    data, host = made.data.clone(), made.host.clone()
+    # Blocks 1, 2 and 3 leave as a run; 4 and 0 come from the host, 0 within the pool goes to where 2 was.
+    copies = [(2, 4, 1), (0, 0, 2), (1, 3, 2), (1, 2, 1), (1, 1, 0), (2, 3, 3)]
+    made.apply(plan(copies=copies))
+    assert torch.equal(made.host, torch.stack([data[1], data[2], data[3], host[3], host[4]]))
+    assert torch.equal(made.data, torch.stack([data[0], host[4], data[0], host[3], data[4], data[5]]))
+
+
+def test_copies_are_grouped_into_runs_in_which_both_sides_go_up_by_one() -> None:
+    copies = np.array([[7, 3], [6, 2], [5, 1], [1, 9], [9, 5], [8, 8], [2, 8]], np.int32)
+    assert runs(copies) == [[1, 9, 1], [2, 8, 1], [5, 1, 3], [8, 8, 1], [9, 5, 1]]
+    assert runs(copies[:0]) == []
+
+
+def test_a_cpu_keeps_no_host_tier_unless_asked_and_a_gpu_a_bounded_one() -> None:
+    assert host_budget_bytes(None, 1 << 30, CPU) == 0 and host_budget_bytes(77, 1 << 30, CPU) == 77
+    beside = host_budget_bytes(None, 1 << 20, torch.device("cuda"))
+    assert beside == min(4 << 20, int(available_memory_bytes() * 0.25))

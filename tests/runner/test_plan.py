@@ -13,12 +13,12 @@ from kvlite.runner.plan import Arena, Header, Layout, Status
 
 LIMITS: dict[str, Any] = {
     "max_num_seqs": 3, "max_num_batched_tokens": 10, "max_model_len": 33, "block_size": 4, "max_num_waiting": 5,
-    "max_segments": 4,
+    "max_segments": 4, "host_blocks": 0,
 }  # fmt: skip
 CORE: dict[str, Any] = LIMITS | {
     "num_blocks": 40, "vocab_size": 100, "enable_prefix_caching": True, "policy": "fcfs", "max_passes": 64,
     "eviction": "lru",
-    "attention_cost_tokens": 100, "attention_split_tokens": 256, "group_cost_tokens": 0,
+    "attention_cost_tokens": 100, "attention_split_tokens": 256, "group_cost_tokens": 0, "swap_cost_tokens": 0,
     "reserve_tokens": 2, "watermark_ratio": 1.0, "hash_seed": 1,
     "segment_cache_ratio": 0.5, "model_digest": 0, "canonical_prefix": [],
 }  # fmt: skip

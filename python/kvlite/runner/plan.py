@@ -50,6 +50,14 @@ class SampleKind(IntEnum):
     PROMPT_LOGPROB = 1
 
 
+class CopyDirection(IntEnum):
+    """First column of a block_copy row; rows to the host come before the others, whatever their place."""
+
+    ON_DEVICE = 0
+    TO_HOST = 1
+    FROM_HOST = 2
+
+
 class Cause(IntEnum):
     """Why a row was given to a choice: fourth column of an admitted row."""
 
@@ -84,11 +92,13 @@ class Layout:
         block_size: int,
         max_num_waiting: int,
         max_segments: int = 64,
+        host_blocks: int = 0,
     ) -> Layout:
         """The layout that plan.rs computes from the same limits."""
         t, s = max_num_batched_tokens, max_num_seqs
         nb = -(-max_model_len // block_size)
         n, u, c, f = t + s, 2 * nb + 4 * s + -(-t // block_size), 2 * s, s + max_num_waiting
+        c += 2 * nb if host_blocks else 0
         p = s + max_segments
         shapes: dict[str, tuple[int, ...]] = {
             "header": (HEADER_LEN,), "token_ids": (t,), "positions": (t,), "last_key": (t,), "slot_mapping": (t,),

@@ -51,6 +51,11 @@ impl EvictionKind {
 pub struct CoreConfig {
     /// Blocks in the pool.
     pub num_blocks: u32,
+    /// Blocks in the host tier, where cached blocks go that the pool has no room for; 0: there is none.
+    pub host_blocks: u32,
+    /// Tokens whose prefill takes as long as copying a block to the host tier and back; what costs less to compute again is
+    /// dropped.
+    pub swap_cost_tokens: u32,
     /// Tokens per block.
     pub block_size: u32,
     /// Sequences that run at once; also the number of rows in the device tables (one more is reserved for padding).
@@ -106,6 +111,8 @@ impl CoreConfig {
         };
         range("block_size", self.block_size.into(), 1, 1024)?;
         range("num_blocks", self.num_blocks.into(), 1, (i32::MAX as u64) / u64::from(self.block_size))?;
+        range("host_blocks", self.host_blocks.into(), 0, (i32::MAX as u64) / u64::from(self.block_size))?;
+        range("swap_cost_tokens", self.swap_cost_tokens.into(), 0, i32::MAX as u64)?;
         range("max_num_seqs", self.max_num_seqs.into(), 1, 1 << 16)?;
         range("max_num_batched_tokens", self.max_num_batched_tokens.into(), self.max_num_seqs.into(), 1 << 20)?;
         range("max_model_len", self.max_model_len.into(), 2, 1 << 24)?;
@@ -139,6 +146,8 @@ impl CoreConfig {
 pub(crate) fn small() -> CoreConfig {
     CoreConfig {
         num_blocks: 4,
+        host_blocks: 0,
+        swap_cost_tokens: 0,
         block_size: 4,
         max_num_seqs: 1,
         max_num_batched_tokens: 4,

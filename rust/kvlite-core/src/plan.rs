@@ -5,12 +5,14 @@
 //! and fixed offsets for the life of a core; a write past a region's capacity is our own fault and panics.
 //! Written by `core::schedule` once per step; golden-tested in `tests/plan_golden.rs`.
 
+mod codes;
 mod view;
 
 use std::ops::Range;
 
 use crate::config::CoreConfig;
 
+pub use codes::{Cause, CopyDirection, PROMPT_LOGPROB, SAMPLE};
 pub use view::PlanView;
 
 /// Regions of a plan, in arena order. `DonePlanId` and what follows it are inputs, written by the runner.
@@ -51,7 +53,8 @@ pub enum Region {
     /// `[S, 7]`: index of the sequence in this plan, first scoring row, scoring rows, key_start, key_end, method_id,
     /// round; at most one per sequence.
     Score,
-    /// `[C, 3]`: direction, source block, target block; done before any store of this plan.
+    /// `[C, 3]`: direction (`CopyDirection`), source block, target block; all before any store of this plan, those to the
+    /// host before the others.
     BlockCopy,
     /// `[S, 5]`: handle, choice, seq_row, cause (`Cause`), cached_len.
     Admitted,
@@ -110,25 +113,6 @@ pub enum Header {
     NumWaiting,
 }
 
-/// Sample kind: draw the next token.
-pub const SAMPLE: i32 = 0;
-/// Sample kind: only the log-probability of the prompt token that follows is wanted.
-pub const PROMPT_LOGPROB: i32 = 1;
-
-/// Why a sequence appears in `Admitted`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Cause {
-    /// First admission.
-    New = 0,
-    /// Back after a preemption.
-    Resumed = 1,
-    /// A further choice of an admitted request.
-    Forked = 2,
-    /// Arrived from another engine.
-    Imported = 3,
-}
-
 /// Where one region lies in the arena. A vector has one column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionSpec {
@@ -159,6 +143,7 @@ impl Layout {
         let updates = 2 * blocks + 4 * seqs + tokens.div_ceil(config.block_size as usize);
         let finished = seqs + config.max_num_waiting as usize;
         let places = seqs + config.max_segments as usize;
+        let copies = 2 * seqs + if config.host_blocks > 0 { 2 * blocks } else { 0 };
         let shapes = [
             ("header", HEADER_LEN, 1),
             ("token_ids", tokens, 1),
@@ -176,7 +161,7 @@ impl Layout {
             ("place", places, 6),
             ("source_blocks", 2 * blocks + places, 1),
             ("score", seqs, 7),
-            ("block_copy", 2 * seqs, 3),
+            ("block_copy", copies, 3),
             ("admitted", seqs, 5),
             ("committed", 2 * seqs, 3),
             ("finished", finished, 3),
@@ -310,9 +295,9 @@ impl<'a> PlanWriter<'a> {
         self.push(Region::BlockUpdate, [seq_row as i32, index as i32, block as i32]);
     }
 
-    /// Copies a block on the device before the forward pass.
-    pub fn block_copy(&mut self, source: u32, target: u32) {
-        self.push(Region::BlockCopy, [0, source as i32, target as i32]);
+    /// Copies a block before the forward pass; blocks of the host are counted from 0.
+    pub fn block_copy(&mut self, direction: CopyDirection, source: u32, target: u32) {
+        self.push(Region::BlockCopy, [direction as i32, source as i32, target as i32]);
     }
 
     /// Places `len` rows of a segment, from its row `offset` on, at `position` of `seq_row`; `sources` are the segment's

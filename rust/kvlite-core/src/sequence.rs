@@ -129,6 +129,9 @@ pub(crate) struct Sequence {
     pub tree_len: u32,
     /// Of `blocks`, how many were hits: they do not come back to the pool for sure when this sequence ends.
     pub hit_len: u32,
+    /// Of `blocks`, how many are hits or copies of public hits on the host: what a tenant's own are copies of may be gone when
+    /// they are published, and a public block with these tokens there instead.
+    pub found_len: u32,
     /// Of `blocks`, how many the device's table row already shows.
     pub table_len: u32,
     /// The last plan that showed blocks of the tree, by core-internal number: the device has them once it has completed.
@@ -177,6 +180,7 @@ impl Sequence {
             blocks: Vec::new(),
             tree_len: 0,
             hit_len: 0,
+            found_len: 0,
             table_len: 0,
             shown_by: 0,
             tail_source: None,
@@ -291,6 +295,7 @@ impl Sequence {
         self.committed_len = 0;
         self.tree_len = 0;
         self.hit_len = 0;
+        self.found_len = 0;
         self.table_len = 0;
         self.shown_by = 0;
         self.prefill_until = 0;

@@ -6,12 +6,15 @@
 mod naive;
 #[path = "naive/segment_operations.rs"]
 mod segment_operations;
+#[path = "naive/tier_operations.rs"]
+mod tier_operations;
 #[path = "naive/tree_operations.rs"]
 mod tree_operations;
 
 use kvlite_core::cache::{BlockState, Cache, MAX_PARTIAL_CANDIDATES, SegmentId};
 use kvlite_core::{BlockId, CoreConfig, EvictionKind, Label, Lookup, PolicyKind, TenantId, Token};
 use naive::segments::ATTENTION_COST_TOKENS;
+use naive::tiers::SWAP_COST_TOKENS;
 use naive::{Naive, Path, Random, Regime};
 use segment_operations::NUM_SEGMENT_EVENTS;
 
@@ -37,6 +40,12 @@ struct Seen {
     /// Evicted although somebody waited for them.
     wanted_evicted: usize,
     segments: [usize; NUM_SEGMENT_EVENTS],
+    demoted: usize,
+    /// Copies to the host that failed.
+    lost: usize,
+    host_hits: usize,
+    /// Blocks of the device that took the place of one on the host.
+    returned: usize,
 }
 
 impl Seen {
@@ -45,8 +54,11 @@ impl Seen {
         assert!(self.refused > 0 && self.duplicates > 0, "too little happened: {self:?}");
         let (min, max) = (self.segments.iter().min(), self.segments.iter().max());
         assert!(if regime.segment_quota > 0 { min > Some(&0) } else { max == Some(&0) }, "segments: {self:?}");
+        let on_host = [self.demoted, self.lost, self.host_hits, self.returned];
+        let enough = on_host.iter().all(|&count| if regime.host_blocks > 0 { count > 10 } else { count == 0 });
+        assert!(enough, "host tier: {self:?}");
         if regime.keeps_released {
-            assert!(self.evicted > 100 && self.revived > 50 && self.full_hits > 1000, "too little happened: {self:?}");
+            assert!(self.evicted > 100 && self.revived > 20 && self.full_hits > 1000, "too little happened: {self:?}");
             assert!(self.remembered > 10 && self.remembered > self.forgotten, "memory: {self:?}");
             assert!(self.wanted_evicted > 5, "waiting: {self:?}");
             let has_parts = regime.block_size > 1;
@@ -67,6 +79,9 @@ struct Pair {
     named_segments: Vec<SegmentId>,
     /// Requests that have waited so far.
     num_turns: u32,
+    /// Blocks of the host that plans read and write.
+    reads: Vec<(u64, BlockId)>,
+    writes: Vec<(u64, BlockId)>,
     out: Vec<BlockId>,
     seen: Seen,
 }
@@ -90,6 +105,8 @@ impl Pair {
             attention_cost_tokens: ATTENTION_COST_TOKENS,
             attention_split_tokens: 256,
             group_cost_tokens: 0,
+            host_blocks: regime.host_blocks as u32,
+            swap_cost_tokens: SWAP_COST_TOKENS,
             reserve_tokens: 0,
             watermark_ratio: 1.0,
             segment_cache_ratio: (regime.segment_quota as f64 + 0.5) / (regime.num_blocks as f64 + 0.5),
@@ -104,6 +121,9 @@ impl Pair {
             private: vec![],
             in_transfer: vec![],
             segments: vec![],
+            orphans: vec![],
+            room: 0,
+            owed: vec![],
             segment_clock: 0,
             named: vec![],
             clock: 0,
@@ -120,6 +140,8 @@ impl Pair {
             pins: vec![],
             named_segments: vec![],
             num_turns: 0,
+            reads: vec![],
+            writes: vec![],
             out: vec![],
             seen: Seen::default(),
         }
@@ -128,6 +150,9 @@ impl Pair {
     fn step(&mut self) {
         if self.naive.regime.segment_quota > 0 && self.random.below(3) == 0 {
             return self.step_segments();
+        }
+        if self.naive.regime.host_blocks > 0 && self.random.below(3) == 0 {
+            return self.step_host();
         }
         match self.random.below(110) {
             100..105 => self.watch(),
@@ -140,9 +165,11 @@ impl Pair {
                 }
             }
             58..62 => {
-                if !self.naive.entries.is_empty() {
-                    let entry = &self.naive.entries[self.random.index(self.naive.entries.len())];
-                    self.pin((entry.path.clone(), entry.block));
+                let on_device = self.naive.entries.iter().filter(|entry| !entry.on_host);
+                let entries: Vec<_> = on_device.map(|entry| (entry.path.clone(), entry.block)).collect();
+                if !entries.is_empty() {
+                    let at = self.random.index(entries.len());
+                    self.pin(entries[at].clone());
                 }
             }
             62..84 => {
@@ -177,10 +204,7 @@ impl Pair {
             _ => {
                 if self.random.below(8) == 0 {
                     self.cache.clear();
-                    while let Some(at) = self.naive.victim() {
-                        self.naive.forget(at);
-                    }
-                    self.naive.segments.retain(|segment| !segment.is_cached());
+                    self.naive.clear();
                 }
             }
         }
@@ -190,11 +214,17 @@ impl Pair {
         self.cache.audit();
         let counts = self.naive.counts();
         assert_eq!(self.cache.counts(), counts);
+        assert_eq!(self.cache.host_counts(), self.naive.host_counts());
         assert_eq!(self.cache.available(), counts.free + counts.cached);
         let victim = self.naive.victim().map(|at| self.naive.entries[at].block);
         assert_eq!(self.cache.victim(), victim, "the block to evict next");
         for entry in &self.naive.entries {
-            let expected = if entry.released.is_some() { BlockState::Cached } else { BlockState::Owned };
+            let expected = match &entry.host {
+                Some(host) if entry.on_host && host.is_written => BlockState::InTransfer,
+                Some(host) if entry.on_host && host.is_idle() => BlockState::Cached,
+                _ if entry.released.is_some() => BlockState::Cached,
+                _ => BlockState::Owned,
+            };
             assert_eq!(self.cache.state(entry.block), expected, "{:?}", entry.path);
             assert_eq!(self.cache.label(entry.block), entry.path.last().map(|last| last.0));
         }
@@ -256,6 +286,7 @@ const TINY: Regime = Regime {
     must_crowd: false,
     keeps_released: true,
     segment_quota: 0,
+    host_blocks: 0,
 };
 
 #[test]
@@ -291,4 +322,14 @@ fn random_operations_agree_with_the_naive_cache_and_store_where_segments_and_pre
 #[test]
 fn random_operations_agree_with_the_naive_store_when_prefixes_are_not_kept() {
     run(Regime { name: 7, num_blocks: 12, block_size: 3, segment_quota: 8, keeps_released: false, ..TINY }, 40);
+}
+
+#[test]
+fn random_operations_agree_with_the_naive_cache_of_two_tiers() {
+    run(Regime { name: 8, host_blocks: 6, ..TINY }, 150);
+}
+
+#[test]
+fn random_operations_agree_with_the_naive_cache_of_two_tiers_where_the_host_is_large() {
+    run(Regime { name: 9, num_blocks: 12, block_size: 3, vocab: 3, host_blocks: 40, ..TINY }, 80);
 }

@@ -1,5 +1,5 @@
-//! One test per failure that the big engines have had (scheduling.md section 6), as far as it can happen here: loading
-//! from other tiers does not exist yet, so "resumed before the load ended" is tested on blocks that a plan still writes.
+//! One test per failure that the big engines have had (scheduling.md section 6), as far as it can happen here; those of
+//! loading from another tier are in `tiers.rs`.
 
 mod common;
 

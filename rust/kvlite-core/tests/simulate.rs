@@ -193,7 +193,7 @@ impl Simulation {
 fn every_seed_keeps_every_promise_and_ends() {
     let seeds = seeds("KVLITE_SEED", "KVLITE_SEEDS", DEFAULT_SEEDS);
     let steps = setting("KVLITE_STEPS").unwrap_or(DEFAULT_STEPS);
-    let totals = Mutex::new(([0u64; 6], Seen::default()));
+    let totals = Mutex::new(([0u64; 8], Seen::default()));
     let replay = |seed| format!("KVLITE_SEED={seed} cargo test -p kvlite-core --test simulate (same KVLITE_STEPS)");
     for_each_seed(&seeds, replay, |seed| {
         let mut simulation = Simulation::new(seed);
@@ -208,19 +208,22 @@ fn every_seed_keeps_every_promise_and_ends() {
             stats.failed_plans_total,
             stats.steps_total,
             stats.shared_keys_total,
+            stats.demoted_blocks_total,
+            stats.promoted_blocks_total,
         ]) {
             *total += value;
         }
     });
-    let ([requests, preemptions, hits, failed, steps, shared], seen) = *totals.lock().unwrap();
+    let ([requests, preemptions, hits, failed, steps, shared, demoted, promoted], seen) = *totals.lock().unwrap();
     println!("{requests} requests, {steps} steps, {preemptions} preemptions, {hits} hit tokens, {failed} failed plans");
-    println!("{shared} keys of shared prefixes read for others");
+    println!("{shared} keys of shared prefixes read for others, {demoted} blocks to the host, {promoted} back");
     println!("{seen:?}");
     if seeds.end - seeds.start >= DEFAULT_SEEDS {
         assert!(
             preemptions > 1000 && hits > 10_000 && failed > 100 && shared > 10_000,
             "the simulation reaches its corners"
         );
+        assert!(demoted > 10_000 && promoted > 2_000, "the simulation uses the host tier");
         seen.check();
     }
 }

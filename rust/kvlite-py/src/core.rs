@@ -23,8 +23,10 @@ macro_rules! items {
 pub(crate) use items;
 
 /// Names of `CoreConfig`'s fields, all of them required.
-const FIELDS: [&str; 21] = [
+const FIELDS: [&str; 23] = [
     "num_blocks",
+    "host_blocks",
+    "swap_cost_tokens",
     "block_size",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -274,6 +276,7 @@ impl Core {
             cached_blocks,
             owned_blocks,
             in_transfer_blocks,
+            host_blocks,
             num_segments,
             segment_blocks,
             pinned_blocks,
@@ -283,6 +286,9 @@ impl Core {
             preemptions_total,
             prompt_tokens_total,
             prefix_hit_tokens_total,
+            host_hit_tokens_total,
+            demoted_blocks_total,
+            promoted_blocks_total,
             segment_hit_tokens_total,
             blended_tokens_total,
             recomputed_tokens_total,
@@ -346,6 +352,8 @@ fn parse_config(config: Option<&Bound<'_, PyDict>>) -> PyResult<CoreConfig> {
     let kind = EvictionKind::ALL.into_iter().find(|(name, _)| *name == eviction).map(|(_, kind)| kind);
     let config = CoreConfig {
         num_blocks: number("num_blocks")?,
+        host_blocks: number("host_blocks")?,
+        swap_cost_tokens: number("swap_cost_tokens")?,
         block_size: number("block_size")?,
         max_num_seqs: number("max_num_seqs")?,
         max_num_batched_tokens: number("max_num_batched_tokens")?,

@@ -2,7 +2,7 @@
 //!
 //! Owns the names of blocks: a `BlockId` is resolved here, and a stale one stops the program with a sentence.
 //! Must not know tokens, the tree or the order of eviction. Invariant: each block is in exactly one state and the four
-//! counts add up to the size of the pool. Called by `Cache` alone.
+//! counts of its tier add up to the size of that. Blocks of the host come behind those of the device. Called by `Cache` alone.
 
 use super::free_map::FreeMap;
 use crate::ids::BlockId;
@@ -12,15 +12,15 @@ use crate::ids::BlockId;
 pub enum BlockState {
     /// Holds nothing; `alloc` may give it away.
     Free,
-    /// In the tree and in nobody's use: eviction may take it.
+    /// In the tree, or the host's copy of a block there, and in nobody's use: eviction may take it.
     Cached,
-    /// In use: by a sequence, or (in the tree) by a user further down the same path.
+    /// In use: by a sequence, (in the tree) by a user further down the same path, or, on the host, by a plan that reads it.
     Owned,
     /// The target of a copy that has not ended; neither freed nor published until it has.
     InTransfer,
 }
 
-/// Blocks per state; they add up to `num_blocks` at every moment.
+/// Blocks of one tier per state; they add up to its size at every moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockCounts {
     /// Blocks in [`BlockState::Free`].
@@ -56,16 +56,23 @@ struct Record {
 /// The pool: names, states, reference counts.
 pub(super) struct BlockPool {
     records: Vec<Record>,
+    num_device: usize,
     free: FreeMap,
+    /// Blocks of the host, the last one first: eviction takes a path from its end, and its blocks shall lie in order again.
+    host_free: FreeMap,
     counts: BlockCounts,
+    host_counts: BlockCounts,
 }
 
 impl BlockPool {
-    pub(super) fn new(num_blocks: usize) -> BlockPool {
+    pub(super) fn new(num_device: usize, num_host: usize) -> BlockPool {
         BlockPool {
-            records: vec![Record { generation: 0, refs: 0, state: BlockState::Free }; num_blocks],
-            free: FreeMap::new(num_blocks),
-            counts: BlockCounts { free: num_blocks, ..BlockCounts::default() },
+            records: vec![Record { generation: 0, refs: 0, state: BlockState::Free }; num_device + num_host],
+            num_device,
+            free: FreeMap::new(num_device),
+            host_free: FreeMap::new(num_host),
+            counts: BlockCounts { free: num_device, ..BlockCounts::default() },
+            host_counts: BlockCounts { free: num_host, ..BlockCounts::default() },
         }
     }
 
@@ -73,8 +80,17 @@ impl BlockPool {
         self.counts
     }
 
+    pub(super) fn host_counts(&self) -> BlockCounts {
+        self.host_counts
+    }
+
+    /// Blocks of both tiers.
     pub(super) fn num_blocks(&self) -> usize {
         self.records.len()
+    }
+
+    pub(super) fn is_on_host(&self, block: u32) -> bool {
+        block as usize >= self.num_device
     }
 
     /// The block that `id` names. Panics when that block has been freed since the name was taken.
@@ -98,9 +114,10 @@ impl BlockPool {
     }
 
     pub(super) fn set_state(&mut self, block: u32, to: BlockState) {
+        let counts = if self.is_on_host(block) { &mut self.host_counts } else { &mut self.counts };
         let state = &mut self.records[block as usize].state;
-        *self.counts.of(*state) -= 1;
-        *self.counts.of(to) += 1;
+        *counts.of(*state) -= 1;
+        *counts.of(to) += 1;
         *state = to;
     }
 
@@ -136,31 +153,58 @@ impl BlockPool {
         }
     }
 
+    /// Gives away a free block of the host as the target of a copy, with one reference; before `after` where that is free.
+    pub(super) fn take_host(&mut self, after: u32) -> Option<u32> {
+        if self.host_counts.free == 0 {
+            return None;
+        }
+        let next = after.checked_sub(1).filter(|&block| self.is_on_host(block)).map(|block| self.mirrored(block));
+        let at = match next.filter(|&at| self.host_free.contains(at)) {
+            Some(at) => at,
+            None => self.host_free.start_of_run().expect("free blocks were counted"),
+        };
+        self.host_free.remove(at);
+        let block = self.mirrored(at);
+        self.set_state(block, BlockState::InTransfer);
+        self.records[block as usize].refs = 1;
+        Some(block)
+    }
+
     /// Takes a block back, whatever it was; every name of it is stale from now on.
     pub(super) fn release(&mut self, block: u32) {
         self.set_state(block, BlockState::Free);
         let record = &mut self.records[block as usize];
         record.refs = 0;
         record.generation = record.generation.wrapping_add(1);
-        self.free.insert(block);
+        if self.is_on_host(block) {
+            self.host_free.insert(self.mirrored(block));
+        } else {
+            self.free.insert(block);
+        }
     }
 
-    /// Checks counts, references and the free map against the states.
+    /// A block of the host as `host_free` counts it, from the last one on; and the way back.
+    fn mirrored(&self, block: u32) -> u32 {
+        (self.records.len() - 1) as u32 - block
+    }
+
+    /// Checks counts, references and the free maps against the states.
     pub(super) fn audit(&self) {
-        let mut seen = BlockCounts::default();
+        let mut seen = [BlockCounts::default(); 2];
         for (block, record) in self.records.iter().enumerate() {
-            *seen.of(record.state) += 1;
-            let is_used = matches!(record.state, BlockState::Owned | BlockState::InTransfer);
-            assert!(
-                (record.refs > 0) == is_used,
-                "block {block} is {:?} with {} references",
-                record.state,
-                record.refs
-            );
-            let is_free = record.state == BlockState::Free;
-            assert!(self.free.contains(block as u32) == is_free, "the free map is wrong about block {block}");
+            let (block, state, refs) = (block as u32, record.state, record.refs);
+            let is_on_host = self.is_on_host(block);
+            *seen[usize::from(is_on_host)].of(state) += 1;
+            let is_used = matches!(state, BlockState::Owned | BlockState::InTransfer);
+            assert!((refs > 0) == is_used, "block {block} is {state:?} with {refs} references");
+            let is_free =
+                if is_on_host { self.host_free.contains(self.mirrored(block)) } else { self.free.contains(block) };
+            assert!(is_free == (state == BlockState::Free), "the free map is wrong about block {block}");
         }
-        assert!(seen == self.counts, "blocks are counted as {:?} but are {seen:?}", self.counts);
-        assert!(self.free.audit() == seen.free, "the free map holds blocks that the pool does not have");
+        let counted = [self.counts, self.host_counts];
+        assert!(seen == counted, "blocks are counted as {counted:?} but are {seen:?}");
+        let in_maps = [self.free.audit(), self.host_free.audit()];
+        let free = seen.map(|counts| counts.free);
+        assert!(in_maps == free, "the free maps hold {in_maps:?} blocks, {free:?} are free");
     }
 }

@@ -1,6 +1,6 @@
 //! The cache: a pool of blocks, and a radix tree and a store of segments over them that share one set of indices.
 //!
-//! Owns every block from `alloc` to `free` or eviction. Must not know requests, plans or the scheduler.
+//! Owns every block of both tiers from `alloc` to `free` or eviction. Must not know requests, plans or the scheduler.
 //! Invariants: each block is free, cached, owned or in transfer; a block in use protects its whole path; the tree holds
 //! full blocks only; but for recipes and segments nothing allocates after `new`, output vectors belong to the caller. Called by `core`.
 
@@ -11,12 +11,14 @@ mod hash;
 mod past;
 mod radix;
 mod segments;
+mod tiers;
 mod wants;
 mod watch;
 
 pub use blocks::{BlockCounts, BlockState};
 pub use radix::MAX_PARTIAL_CANDIDATES;
 pub use segments::{SegmentId, SegmentState, SegmentView};
+pub use tiers::Demotion;
 pub use wants::{MAX_WATCHED, Turn};
 
 use crate::config::CoreConfig;
@@ -25,6 +27,7 @@ use blocks::BlockPool;
 use evict::Evictor;
 use radix::{Parent, Tree};
 use segments::Segments;
+use tiers::Host;
 use wants::Wants;
 
 /// No block, in the flat arrays of this module.
@@ -33,7 +36,7 @@ const NONE: u32 = u32::MAX;
 /// What `insert` did with the caller's block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inserted {
-    /// The block is in the tree; the caller's use of it goes on as a pin.
+    /// The block is in the tree, in the place of the host's copy perhaps; the caller's use of it goes on as a pin.
     New,
     /// Somebody else's block holds the same tokens; that one is pinned for the caller, who still owns and later frees the other.
     Duplicate(BlockId),
@@ -62,6 +65,7 @@ pub struct Cache {
     evictor: Evictor,
     wants: Wants,
     segments: Segments,
+    host: Host,
     /// False: a block that loses its last use is dropped at once, and nothing is ever found.
     keeps_released: bool,
 }
@@ -69,13 +73,14 @@ pub struct Cache {
 impl Cache {
     /// A cache for a validated config. All memory is taken here.
     pub fn new(config: &CoreConfig) -> Cache {
-        let num_blocks = config.num_blocks as usize;
+        let (num_blocks, num_host) = (config.num_blocks as usize, config.host_blocks as usize);
         Cache {
-            pool: BlockPool::new(num_blocks),
-            tree: Tree::new(num_blocks, config.block_size as usize, config.hash_seed),
+            pool: BlockPool::new(num_blocks, num_host),
+            tree: Tree::new(num_blocks + num_host, config.block_size as usize, config.hash_seed),
             evictor: Evictor::new(config),
             wants: Wants::new(num_blocks),
             segments: Segments::new(config),
+            host: Host::new(config),
             keeps_released: config.enable_prefix_caching,
         }
     }
@@ -85,7 +90,8 @@ impl Cache {
     /// shares any. Where a tenant's own block and a public one hold the same tokens, its own is followed.
     ///
     /// A caller that must compute the last token passes the tokens before it. Nothing is pinned: the names hold until the next call that
-    /// changes the cache. Finds nothing when prefix caching is off. Cost: one compare of `block_size` tokens per hit.
+    /// changes the cache. Blocks of the host come behind those of the device (`split_hits`). Finds nothing when prefix caching is
+    /// off. Cost: one compare of `block_size` tokens per hit.
     pub fn match_prefix(
         &self,
         lookup: Lookup,
@@ -100,8 +106,8 @@ impl Cache {
         Some(PartialHit { block: self.pool.name(block), len: len as u32 })
     }
 
-    /// Adds a user to a block in the tree, which protects the path above it. Amortised O(1): each step of the walk up undoes
-    /// one that an `unpin` made; O(1) at once where the path is in use.
+    /// Adds a user to a block of the device in the tree, which protects the path above it. Amortised O(1): each step of the
+    /// walk up undoes one that an `unpin` made; O(1) at once where the path is in use.
     pub fn pin(&mut self, block: BlockId) {
         let mut at = self.in_tree(block);
         while self.pool.add_ref(at) {
@@ -130,8 +136,9 @@ impl Cache {
 
     /// Appends `count` owned blocks to `out` and returns true; or changes nothing and returns false when fewer are available.
     ///
-    /// Evicts exactly what the free blocks lack, or whole segments once no block of the tree is cached. Prefers the run that continues `after`, a block in use, then runs with room to grow.
-    /// O(count), and O(num_blocks / 4096) words per new run.
+    /// Evicts exactly what the free blocks lack, to the host where it can (`tiers.rs`), or whole segments once no block of the
+    /// tree is cached. Prefers the run that continues `after`, a block in use, then runs with room to grow. O(count), and
+    /// O(num_blocks / 4096) words per new run.
     pub fn alloc(&mut self, count: usize, after: Option<BlockId>, out: &mut Vec<BlockId>) -> bool {
         let after = after.map(|block| self.pool.resolve(block));
         if count > self.available() {
@@ -139,7 +146,7 @@ impl Cache {
         }
         while self.pool.counts().free < count {
             match self.next_victim() {
-                Some(victim) => self.drop_cached(victim),
+                Some(victim) => self.evict(victim),
                 None => self.evict_segment(),
             }
         }
@@ -159,8 +166,24 @@ impl Cache {
     ///
     /// `New`: the caller's use goes on as a pin of `block`, which protects `parent`; so the caller unpins `parent` next.
     /// `Duplicate`: the block that is there already (for an exact label, a public one too) is pinned for the caller, `block` stays the caller's to free.
-    /// O(block_size).
+    /// What the host has of these tokens gives up its place, but for a public block to what a tenant computed. O(block_size).
     pub fn insert(&mut self, label: Label, parent: Option<BlockId>, tokens: &[Token], block: BlockId) -> Inserted {
+        self.publish(label, parent, tokens, block, false)
+    }
+
+    /// The same of a block that is a copy of a public one, found on the host: it may take that one's place.
+    pub fn restore(&mut self, label: Label, parent: Option<BlockId>, tokens: &[Token], block: BlockId) -> Inserted {
+        self.publish(label, parent, tokens, block, true)
+    }
+
+    fn publish(
+        &mut self,
+        label: Label,
+        parent: Option<BlockId>,
+        tokens: &[Token],
+        block: BlockId,
+        is_copy: bool,
+    ) -> Inserted {
         let (len, block_size) = (tokens.len(), self.tree.block_size());
         assert!(len == block_size, "the tree holds full blocks only: {len} tokens for blocks of {block_size}");
         let index = self.private(block);
@@ -172,20 +195,22 @@ impl Cache {
                 Parent::block(above)
             }
         };
-        match self.tree.link(above, label, tokens, index) {
-            Ok(()) => {
-                self.evictor.entered(index, above.as_block(), label, tokens);
-                if let Some(above) = above.as_block() {
-                    self.pool.add_ref(above);
-                }
-                Inserted::New
-            }
-            Err(existing) => {
+        let may_share = |public: u32| is_copy || !self.pool.is_on_host(public);
+        match self.tree.link(above, label, tokens, index, may_share) {
+            Err(existing) if !self.pool.is_on_host(existing) => {
                 let existing = self.pool.name(existing);
                 self.pin(existing);
-                Inserted::Duplicate(existing)
+                return Inserted::Duplicate(existing);
             }
+            Err(existing) => self.take_place_of(existing, index),
+            Ok(()) => {}
         }
+        let label = self.tree.label(index).expect("it is in the tree now");
+        self.evictor.entered(index, above.as_block(), label, tokens);
+        if let Some(above) = above.as_block() {
+            self.pool.add_ref(above);
+        }
+        Inserted::New
     }
 
     /// Marks an owned block outside the tree as the target of a copy; it is neither freed nor inserted until the copy ends.
@@ -202,7 +227,7 @@ impl Cache {
         self.pool.set_state(index, BlockState::Owned);
     }
 
-    /// Blocks per state; O(1).
+    /// Blocks of the device per state; O(1).
     pub fn counts(&self) -> BlockCounts {
         self.pool.counts()
     }
@@ -239,11 +264,12 @@ impl Cache {
         self.evictor.uses(self.in_tree(block))
     }
 
-    /// Drops every cached block, segments' too; what is in use or pinned stays. O(cached blocks).
+    /// Drops every cached block of both tiers, segments' too; what is in use or pinned stays. O(cached blocks).
     pub fn clear(&mut self) {
         while let Some(victim) = self.next_victim() {
             self.drop_cached(victim);
         }
+        self.clear_host();
         self.clear_segments();
     }
 
@@ -252,8 +278,9 @@ impl Cache {
         self.pool.audit();
         self.tree.audit();
         let cached_in_segments = self.segments.audit(&self.pool);
+        self.audit_host();
         let num_blocks = self.pool.num_blocks();
-        for block in 0..num_blocks as u32 {
+        for block in (0..num_blocks as u32).filter(|&block| !self.pool.is_on_host(block)) {
             let (state, refs) = (self.pool.state(block), self.pool.refs(block));
             if self.tree.label(block).is_none() {
                 let is_private = (state != BlockState::Cached || self.segments.holds(block)) && refs <= 1;
@@ -261,7 +288,8 @@ impl Cache {
                 continue;
             }
             assert!(!self.segments.holds(block), "block {block} is in the tree and in a segment");
-            let in_use = self.tree.children(block).filter(|&child| self.pool.refs(child) > 0).count();
+            let on_device = |&child: &u32| !self.pool.is_on_host(child);
+            let in_use = self.tree.children(block).filter(on_device).filter(|&child| self.pool.refs(child) > 0).count();
             assert!(refs as usize >= in_use, "block {block} has {refs} references for {in_use} children in use");
             let expected = if refs > 0 { BlockState::Owned } else { BlockState::Cached };
             assert!(state == expected, "block {block} is {state:?} in the tree with {refs} references");
@@ -279,13 +307,15 @@ impl Cache {
             assert!(rank[block as usize] == usize::MAX, "block {block} is twice in the order of eviction");
             assert!(is_cached(block), "block {block} would be evicted but is not cached");
             assert!(!self.wants.is_wanted(block), "block {block} is wanted and in the order of those that are not");
-            let all_gone = self.tree.children(block).all(|child| rank[child as usize] != usize::MAX);
+            let is_gone = |child: u32| self.pool.is_on_host(child) || rank[child as usize] != usize::MAX;
+            let all_gone = self.tree.children(block).all(is_gone);
             assert!(all_gone, "block {block} would be evicted before its child");
             rank[block as usize] = num_ordered;
             num_ordered += 1;
         }
         assert!(self.evictor.order().first().copied() == self.evictor.victim(), "the victim is first in the order");
-        let wanted = (0..num_blocks as u32).filter(|&block| is_cached(block) && self.wants.is_wanted(block));
+        let is_wanted = |&block: &u32| !self.pool.is_on_host(block) && is_cached(block) && self.wants.is_wanted(block);
+        let wanted = (0..num_blocks as u32).filter(is_wanted);
         let evictable = num_ordered + wanted.count() + cached_in_segments;
         let cached = self.counts().cached;
         assert!(evictable == cached, "{evictable} blocks can be evicted, {cached} are cached");
@@ -306,8 +336,9 @@ impl Cache {
         }
     }
 
-    /// Forgets a leaf that is in the tree and in nobody's use.
+    /// Forgets a block that is in the tree and in nobody's use, and what lies on the host below it.
     fn drop_block(&mut self, block: u32) {
+        self.drop_from_host(block);
         self.evictor.left(block);
         self.tree.unlink(block);
         self.pool.release(block);

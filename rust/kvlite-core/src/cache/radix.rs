@@ -11,8 +11,10 @@
 //! On the way down labels turn from public to one tenant's and from exact to one recipe's, never back.
 //! The root has no sibling list: a part of a first block is not worth a copy. Depth-0 blocks are found by hash alone.
 
-use super::hash::BlockHash;
 mod audit;
+mod relink;
+
+use super::hash::BlockHash;
 
 use rustc_hash::FxHashMap;
 
@@ -54,8 +56,10 @@ struct Link {
     next_sibling: u32,
     prev_sibling: u32,
     next_in_bucket: u32,
-    /// Kept so that eviction finds the bucket without reading the tokens.
+    /// Kept so that eviction finds the bucket without reading the tokens. Of the whole path: it moves with the block.
     hash: u32,
+    /// Blocks above this one.
+    depth: u32,
     /// None while the block is not in the tree.
     label: Option<Label>,
 }
@@ -76,6 +80,7 @@ const UNLINKED: Link = Link {
     prev_sibling: NONE,
     next_in_bucket: NONE,
     hash: 0,
+    depth: 0,
     label: None,
 };
 
@@ -121,6 +126,11 @@ impl Tree {
     /// The block above `block`, which is in the tree; none at depth 0.
     pub(super) fn parent(&self, block: u32) -> Option<u32> {
         self.links[block as usize].parent.as_block()
+    }
+
+    /// Tokens of the path above `block`, which is in the tree.
+    pub(super) fn depth_tokens(&self, block: u32) -> usize {
+        self.links[block as usize].depth as usize * self.block_size
     }
 
     pub(super) fn tokens(&self, block: u32) -> &[Token] {
@@ -252,7 +262,13 @@ impl Tree {
 
     /// The block of this label below `parent` with these tokens, by hash.
     fn find(&self, parent: Parent, label: Label, tokens: &[Token]) -> Option<u32> {
-        self.find_hashed(parent, label, tokens, self.hash.of(parent.0, label, tokens))
+        self.find_hashed(parent, label, tokens, self.hash_of(parent, label, tokens))
+    }
+
+    /// By the parent's hash, not its index: a block that moves to another tier stays the parent that its children know.
+    fn hash_of(&self, parent: Parent, label: Label, tokens: &[Token]) -> u32 {
+        let above = parent.as_block().map_or(NONE, |block| self.links[block as usize].hash);
+        self.hash.of(above, label, tokens)
     }
 
     fn find_hashed(&self, parent: Parent, label: Label, tokens: &[Token], hash: u32) -> Option<u32> {
@@ -269,68 +285,44 @@ impl Tree {
     }
 
     /// Hangs `block` below `parent`, or returns the block that holds these tokens there already (the same label's, or a public
-    /// one that an exact label reads) and changes nothing.
-    pub(super) fn link(&mut self, parent: Parent, label: Label, tokens: &[Token], block: u32) -> Result<(), u32> {
+    /// one that an exact label reads, if that one `may_share`) and changes nothing.
+    pub(super) fn link(
+        &mut self,
+        parent: Parent,
+        label: Label,
+        tokens: &[Token],
+        block: u32,
+        may_share: impl Fn(u32) -> bool,
+    ) -> Result<(), u32> {
         if let Some(above) = parent.as_block().and_then(|parent| self.label(parent)) {
             let may_follow = above == label || above == Label::PUBLIC || above.is_exact() && !label.is_exact();
             assert!(may_follow, "{label:?} KV below {above:?} KV would be read by nobody or by the wrong one");
         }
-        let hash = self.hash.of(parent.0, label, tokens);
+        let hash = self.hash_of(parent, label, tokens);
         let own = self.find_hashed(parent, label, tokens, hash);
-        let public = || self.find(parent, Label::PUBLIC, tokens);
-        let may_share = label.is_exact() && label != Label::PUBLIC && self.may_have_public(parent);
-        if let Some(existing) = own.or_else(|| if may_share { public() } else { None }) {
+        let has_public = label.is_exact() && label != Label::PUBLIC && self.may_have_public(parent);
+        let public = || self.find(parent, Label::PUBLIC, tokens).filter(|&public| may_share(public));
+        if let Some(existing) = own.or_else(|| if has_public { public() } else { None }) {
             return Err(existing);
         }
         let start = block as usize * self.block_size;
         self.tokens[start..start + self.block_size].copy_from_slice(tokens);
         let bucket = self.bucket(hash);
         let next_in_bucket = std::mem::replace(&mut self.buckets[bucket], block);
-        let mut next_sibling = NONE;
+        let (mut next_sibling, mut depth) = (NONE, 0);
         if let Some(parent) = parent.as_block() {
+            depth = self.links[parent as usize].depth + 1;
             next_sibling = std::mem::replace(&mut self.links[parent as usize].first_child, block);
         }
         if next_sibling != NONE {
             self.links[next_sibling as usize].prev_sibling = block;
         }
         self.links[block as usize] =
-            Link { parent, next_sibling, next_in_bucket, hash, label: Some(label), ..UNLINKED };
+            Link { parent, next_sibling, next_in_bucket, hash, depth, label: Some(label), ..UNLINKED };
         if !label.is_exact() {
             *self.num_labelled.entry(label).or_default() += 1;
         }
         Ok(())
-    }
-
-    /// Takes a leaf out of the tree.
-    pub(super) fn unlink(&mut self, block: u32) {
-        let link = std::mem::replace(&mut self.links[block as usize], UNLINKED);
-        let label = link.label.unwrap_or_else(|| panic!("block {block} is not in the tree"));
-        assert!(link.first_child == NONE, "evicting block {block} would make the tail behind it unreachable");
-        if link.next_sibling != NONE {
-            self.links[link.next_sibling as usize].prev_sibling = link.prev_sibling;
-        }
-        if link.prev_sibling != NONE {
-            self.links[link.prev_sibling as usize].next_sibling = link.next_sibling;
-        } else if let Some(parent) = link.parent.as_block() {
-            self.links[parent as usize].first_child = link.next_sibling;
-        }
-        if !label.is_exact() {
-            let left = self.num_labelled.get_mut(&label).expect("each block of a recipe is counted");
-            *left -= 1;
-            if *left == 0 {
-                self.num_labelled.remove(&label);
-            }
-        }
-        let bucket = self.bucket(link.hash);
-        if self.buckets[bucket] == block {
-            self.buckets[bucket] = link.next_in_bucket;
-            return;
-        }
-        let mut at = self.buckets[bucket];
-        while self.links[at as usize].next_in_bucket != block {
-            at = self.links[at as usize].next_in_bucket;
-        }
-        self.links[at as usize].next_in_bucket = link.next_in_bucket;
     }
 
     /// Children of `block`, newest first.
@@ -362,7 +354,7 @@ mod tests {
     fn linked(tree: &mut Tree, path: &[(u32, Label, [Token; 2])]) {
         let mut parent = Parent::ROOT;
         for &(block, label, tokens) in path {
-            tree.link(parent, label, &tokens, block).expect("the path is new");
+            tree.link(parent, label, &tokens, block, |_| true).expect("the path is new");
             parent = Parent::block(block);
         }
     }
@@ -373,7 +365,7 @@ mod tests {
         tree.links.resize(9, UNLINKED); // nine blocks in the one bucket
         tree.tokens.resize(18, 0);
         for block in 0..9 {
-            tree.link(Parent::ROOT, own(), &[block as Token / 3, block as Token % 3], block)
+            tree.link(Parent::ROOT, own(), &[block as Token / 3, block as Token % 3], block, |_| true)
                 .expect("all tokens differ");
         }
         tree.audit();

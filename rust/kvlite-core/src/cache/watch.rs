@@ -19,7 +19,11 @@ impl Cache {
         }
         let watcher = self.wants.enter(turn);
         let (mut end, mut len) = (None, 0);
-        self.tree.walk(lookup, tokens, usize::MAX, |block| (end, len) = (Some(block), len + 1));
+        self.tree.walk(lookup, tokens, usize::MAX, |block| {
+            if !self.pool.is_on_host(block) {
+                (end, len) = (Some(block), len + 1);
+            }
+        });
         let was_listed = end.is_some_and(|end| self.wants.unlist(end));
         self.wants.park(watcher, end, len);
         if let Some(end) = end {
@@ -156,8 +160,8 @@ impl Cache {
         }
     }
 
-    /// Whether nothing hangs below a block of the tree.
+    /// Whether nothing of the device hangs below a block of the tree.
     pub(super) fn is_end(&self, block: u32) -> bool {
-        self.tree.children(block).next().is_none()
+        self.tree.children(block).all(|child| self.pool.is_on_host(child))
     }
 }

@@ -3,9 +3,9 @@
 //! A request comes in with blocks for all its known tokens at once, so a prefill never stalls half way for memory.
 //! Called by `Core::schedule` with what is left of the budget.
 
-use super::{Core, Hold, PlanRecord};
+use super::{Core, PlanRecord};
 use crate::cache::{PartialHit, SegmentId};
-use crate::ids::{BlockId, Lookup};
+use crate::ids::{BlockId, Label, Lookup};
 use crate::plan::{Cause, PlanWriter, Region};
 use crate::sched::{Budget, Demand, everyone_can_finish, reserve_of};
 use crate::sequence::{Sequence, Status};
@@ -66,21 +66,24 @@ impl Core {
         let found =
             if is_blend { self.prepare(slot, may_copy) } else { Some((self.find_prefix(slot, may_copy), None)) };
         let Some((partial, recipe)) = found else { return Attempt::Done };
+        if self.hits_arrive || !self.may_copy_hits(plan) {
+            return Attempt::Refused; // In the next plan, or the one behind it.
+        }
         if let Some(shared) = self.waits_for_neighbour(slot) {
             self.seq_mut(slot).held_steps += 1;
             return Attempt::Held { num_rows, shared };
         }
         let known = self.seq(slot).tokens.len() as u32;
         let num_hits = self.scratch_hits.len() as u32;
-        let cached = num_hits * self.config.block_size + partial.map_or(0, |hit| hit.len);
+        let num_whole = num_hits + self.scratch_host.len() as u32;
+        let cached = num_whole * self.config.block_size + partial.map_or(0, |hit| hit.len);
         let is_paid = budget.chunk_len(cached, known - cached, budget.is_untouched()) > 0;
         if !is_paid || (is_blend && !self.may_begin_blend(slot, plan, *budget)) {
             return Attempt::Refused;
         }
         let cursor = self.scratch_hits.last().copied();
-        for block in cursor.into_iter().chain(partial.map(|hit| hit.block)) {
-            self.cache.pin(block);
-        }
+        let copies = partial.is_some() || num_whole > num_hits;
+        self.pin_hits(partial);
         self.use_segments(slot);
         let wanted = (known.div_ceil(self.config.block_size) - num_hits) as usize;
         let mut fresh = std::mem::take(&mut self.scratch_blocks);
@@ -88,15 +91,13 @@ impl Core {
         if fits {
             self.take_in(slot, &mut fresh, partial, recipe, plan, record);
             if self.seq(slot).is_blending() {
-                self.schedule_blend(slot, plan, record, budget, partial.is_some());
+                self.schedule_blend(slot, plan, record, budget, copies);
             } else {
-                self.schedule_chunk(slot, plan, record, budget, partial.is_some());
+                self.schedule_chunk(slot, plan, record, budget, copies);
             }
         } else {
             self.release_segments(slot);
-            for block in partial.map(|hit| hit.block).into_iter().chain(cursor) {
-                self.cache.unpin(block);
-            }
+            self.unpin_hits(partial);
             self.refused = Some((slot, self.room_epoch)).filter(|_| held.num_seqs == 0);
         }
         self.scratch_blocks = fresh;
@@ -154,9 +155,11 @@ impl Core {
         true
     }
 
-    /// Full hits go to `scratch_hits`; at least one token is left to compute.
+    /// Full hits go to `scratch_hits` and `scratch_host`; at least one token is left to compute.
     pub(super) fn find_prefix(&mut self, slot: u32, may_copy: bool) -> Option<PartialHit> {
         self.scratch_hits.clear();
+        self.scratch_host.clear();
+        self.hits_arrive = false;
         let seq = &self.seqs[slot as usize];
         let state = self.requests[seq.request as usize].as_ref().expect("a waiting sequence has its request");
         if !state.use_cache {
@@ -165,7 +168,8 @@ impl Core {
         let tokens = &seq.tokens[..seq.tokens.len() - 1];
         let max_blocks = tokens.len() / self.config.block_size as usize;
         let lookup = Lookup::exact(seq.label);
-        self.cache.match_prefix(lookup, tokens, max_blocks, &mut self.scratch_hits).filter(|_| may_copy)
+        let partial = self.cache.match_prefix(lookup, tokens, max_blocks, &mut self.scratch_hits);
+        self.split_hits(partial).filter(|_| may_copy)
     }
 
     /// Blocks that this sequence also begins with and a running neighbour computes, if there are more of them than hits: then
@@ -189,7 +193,8 @@ impl Core {
             is_prefill && other.makes.is_none() && other.label == seq.label
         };
         let neighbours = self.running.iter().map(|&slot| self.seq(slot)).filter(is_computing);
-        neighbours.map(shared).find(|&blocks| blocks > self.scratch_hits.len()).map(|blocks| blocks as u64)
+        let found = self.scratch_hits.len() + self.scratch_host.len();
+        neighbours.map(shared).find(|&blocks| blocks > found).map(|blocks| blocks as u64)
     }
 
     /// Memory-centric admission: what everybody needs soon (known tokens and the reserve; shared prefixes once, because
@@ -285,11 +290,11 @@ impl Core {
         seq.committed_len = seq.hit_len * block_size;
         seq.scheduled_len = seq.committed_len;
         seq.prefill_until = seq.tokens.len() as u32;
-        if let Some(hit) = partial {
-            plan.block_copy(hit.block.index, fresh[0].index);
-            record.holds.push(Hold::InTree(hit.block));
-            seq.scheduled_len += hit.len;
-        }
+        let is_public = |&&block: &&BlockId| self.cache.label(block) == Some(Label::PUBLIC);
+        seq.found_len = seq.hit_len + self.scratch_host.iter().take_while(is_public).count() as u32;
+        let copied = self.copy_hits(fresh, partial, plan, record);
+        let seq = &mut self.seqs[slot as usize];
+        seq.scheduled_len += copied;
         seq.blocks.append(fresh);
         let cached_len = seq.scheduled_len.min(seq.prompt_len);
         let (request, choice, prompt_len, is_maker) = (seq.request, seq.choice, seq.prompt_len, seq.makes.is_some());

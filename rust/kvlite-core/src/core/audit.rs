@@ -183,19 +183,24 @@ impl Core {
             filled.chain(arrival.spare.iter().copied()).for_each(&mut own);
             arrival.hits.iter().for_each(|block| in_tree[block.index as usize] = true);
         }
-        let mut tree_holds = 0;
+        let (mut tree_holds, mut read, mut written) = (0, BTreeSet::new(), Vec::new());
         let of_plans = self.records.iter().flat_map(|record| &record.holds);
         for hold in of_plans.chain(self.exports.values().flatten()) {
             match *hold {
                 Hold::Private(block) => own(block),
                 Hold::InTree(_) => tree_holds += 1,
+                Hold::HostRead(block) => drop(read.insert(block.index)),
+                Hold::HostWrite(block) => written.push(block),
             }
         }
         for (block, &count) in owners.iter().enumerate() {
             let extra = self.extra_owners[block] as usize;
             assert_eq!(extra, usize::saturating_sub(count, 1), "block {block}: owners beyond the first");
         }
-        let counts = self.cache.counts();
+        let (counts, host) = (self.cache.counts(), self.cache.host_counts());
+        assert_eq!(host.owned, read.len(), "blocks of the host in use are read by plans in flight");
+        assert_eq!(host.in_transfer, written.len(), "blocks of the host in transfer are written by plans in flight");
+        assert!(written.iter().all(|&block| self.cache.is_arriving(block)), "a block of the host is ready too early");
         let used = owners.iter().filter(|&&count| count > 0).count() + in_tree.iter().filter(|&&used| used).count();
         let blends = self.seqs.iter().filter_map(|seq| seq.blend.as_ref()).filter(|blend| blend.uses_segments);
         let placed = blends.flat_map(|blend| blend.reused.iter().map(|range| range.segment));

@@ -47,7 +47,7 @@ impl Core {
             let lookup = Lookup { own: seq.label, recipe };
             let partial =
                 if state.use_cache { self.cache.match_prefix(lookup, tokens, max_blocks, &mut trial) } else { None };
-            let partial = partial.filter(|_| may_copy);
+            let partial = partial.filter(|hit| may_copy && !self.cache.is_arriving(hit.block));
             let reach = trial.len() as u32 * block_size + partial.map_or(0, |hit| hit.len);
             if best.is_none_or(|(best, _, _)| reach > best) {
                 best = Some((reach, partial, option));
@@ -78,7 +78,7 @@ impl Core {
                 None => self.scratch_spans.push(span),
             }
         }
-        (partial, recipe)
+        (self.split_hits(partial), recipe)
     }
 
     /// A survey in which nothing is missing. None: the sequence has gone outside the queue to wait for segments.

@@ -14,15 +14,14 @@ impl Core {
     /// Commits the plan recorded for arena `idx`, whose inputs are in `arena`.
     pub(super) fn commit_plan(&mut self, idx: usize, arena: &[i32]) {
         let mut record = std::mem::take(&mut self.records[idx]);
-        // Before any block is published: what this plan copied from may be published (and unpinned) from now on.
-        for hold in record.holds.drain(..) {
-            match hold {
-                Hold::Private(block) => self.free_private(block),
-                Hold::InTree(block) => self.cache.unpin(block),
-            }
-        }
         let failed = record.num_tokens > 0 && arena[self.layout.offset(Region::Status)] != 0;
         self.stats.failed_plans_total += u64::from(failed);
+        // Before any block is published: what this plan copied from may be published (and unpinned) from now on. A plan without
+        // rows is not run, so it copied nothing.
+        let was_run = record.num_tokens > 0 && !failed;
+        for hold in record.holds.drain(..) {
+            self.let_go(hold, was_run);
+        }
         let sampled = &arena[self.layout.offset(Region::Sampled)..];
         for entry in record.entries.drain(..) {
             let samples = &sampled[entry.first_sample as usize..][..entry.num_samples as usize];
@@ -108,7 +107,10 @@ impl Core {
             let parent = at.checked_sub(1).map(|above| seq.blocks[above]);
             let tokens = &seq.tokens[at * block_size..][..block_size];
             let Some(label) = self.label_of(seq, at) else { return };
-            let inserted = self.cache.insert(label, parent, tokens, block);
+            let inserted = match at < seq.found_len as usize {
+                true => self.cache.restore(label, parent, tokens, block),
+                false => self.cache.insert(label, parent, tokens, block),
+            };
             if let Some(parent) = parent {
                 self.cache.unpin(parent); // The child protects it now.
             }

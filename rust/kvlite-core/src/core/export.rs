@@ -94,10 +94,7 @@ impl Core {
     pub fn transfer_done(&mut self, hold: u32) -> Result<(), CoreError> {
         let holds = self.exports.remove(&hold).ok_or(CoreError::UnknownHold { hold })?;
         for hold in holds {
-            match hold {
-                Hold::Private(block) => self.free_private(block),
-                Hold::InTree(block) => self.cache.unpin(block),
-            }
+            self.let_go(hold, true);
         }
         self.room_epoch += 1;
         Ok(())
@@ -255,6 +252,7 @@ impl Core {
             match *hold {
                 Hold::Private(block) => self.extra_owners[block.index as usize] += 1,
                 Hold::InTree(block) => self.cache.pin(block),
+                Hold::HostRead(_) | Hold::HostWrite(_) => unreachable!("only what lies on the device is sent"),
             }
         }
         holds

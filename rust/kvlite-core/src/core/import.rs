@@ -185,6 +185,7 @@ impl Core {
             let max_blocks = max_blocks.min((manifest.prompt.len() + shortest - 1) as u32 / self.config.block_size);
             let lookup = Lookup::exact(Label::exact(TenantId(manifest.tenant)));
             self.cache.match_prefix(lookup, &manifest.prompt, max_blocks as usize, &mut arrival.hits);
+            self.cache.split_hits(&mut arrival.hits, &mut self.scratch_host); // What is on the host comes over the link.
         }
         let cursor = arrival.hits.last().copied();
         cursor.into_iter().for_each(|block| self.cache.pin(block));

@@ -27,6 +27,7 @@ mod reuse;
 mod schedule;
 mod service;
 mod stats;
+mod tiering;
 mod turns;
 mod waiting;
 mod watch;
@@ -108,7 +109,10 @@ pub struct Core {
     refused: Option<(u32, u64)>,
     out_committed: Vec<[i32; 3]>,
     out_finished: Vec<[i32; 3]>,
+    /// What the last look-up found on the device, behind that on the host, and whether more arrives there.
     scratch_hits: Vec<BlockId>,
+    scratch_host: Vec<BlockId>,
+    hits_arrive: bool,
     scratch_blocks: Vec<BlockId>,
     /// Spans whose segments a survey did not find.
     scratch_spans: Vec<usize>,
@@ -127,7 +131,9 @@ impl Core {
         let num_seqs = config.max_num_seqs as usize;
         let record = || PlanRecord {
             entries: Vec::with_capacity(num_seqs),
-            holds: Vec::with_capacity(2 * num_seqs + layout.region(Region::BlockUpdate).rows),
+            holds: Vec::with_capacity(
+                [Region::BlockUpdate, Region::BlockCopy].map(|it| layout.region(it).rows).iter().sum(),
+            ),
             ..PlanRecord::default()
         };
         let max_blocks = config.max_blocks_per_seq() as usize;
@@ -167,6 +173,8 @@ impl Core {
             out_committed: Vec::with_capacity(2 * num_seqs),
             out_finished: Vec::with_capacity(max_finished),
             scratch_hits: Vec::with_capacity(max_blocks),
+            scratch_host: Vec::with_capacity(max_blocks),
+            hits_arrive: false,
             scratch_blocks: Vec::with_capacity(max_blocks),
             scratch_spans: Vec::with_capacity(config.max_segments as usize),
             scratch_demands: Vec::with_capacity(num_seqs + 1),
@@ -223,7 +231,9 @@ impl Core {
         record.number = self.next_number;
         self.next_number += 1;
         self.announce(&mut plan);
+        self.cache.open_demotions(self.max_demotions());
         self.schedule(&mut plan, &mut record);
+        self.write_demotions(&mut plan, &mut record);
         self.write_groups(&mut plan);
         self.report(&mut plan);
         record.num_tokens = plan.num_tokens() as u32;

@@ -91,13 +91,17 @@ impl PlanEntry {
     }
 }
 
-/// A block that a plan or a copy to another engine reads though its sequence no longer needs it.
+/// A block that a plan or a copy to another engine reads or writes, though no sequence needs it.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Hold {
     /// Private: a merged duplicate, the source of a fork's copy, or what is being sent.
     Private(BlockId),
     /// In the tree: the source of a partial hit, or the end of a path that is being sent.
     InTree(BlockId),
+    /// On the host, and copied from there.
+    HostRead(BlockId),
+    /// On the host: what eviction took is copied there.
+    HostWrite(BlockId),
 }
 
 /// A plan in flight: what to do when it completes. `number` 0 means none.

@@ -4,7 +4,7 @@
 //! Called by `Core::step`, after commits and releases.
 
 use super::{Core, Hold, PlanEntry, PlanRecord};
-use crate::plan::{PROMPT_LOGPROB, PlanWriter, Region, SAMPLE};
+use crate::plan::{CopyDirection, PROMPT_LOGPROB, PlanWriter, Region, SAMPLE};
 use crate::sched::{Budget, Candidate, victim};
 use crate::sequence::{Sequence, Status};
 
@@ -56,7 +56,7 @@ impl Core {
             let is_shared = |core: &Core| core.extra_owners[source.index as usize] > 0;
             if is_shared(self) && self.alloc_or_preempt(slot, record.number) {
                 let target = *self.seq(slot).blocks.last().expect("just allocated");
-                plan.block_copy(source.index, target.index);
+                plan.block_copy(CopyDirection::OnDevice, source.index, target.index);
                 record.holds.push(Hold::Private(source));
                 copied = true;
             } else if is_shared(self) || self.seq(slot).tail_source.is_none() {

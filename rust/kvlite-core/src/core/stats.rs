@@ -19,6 +19,8 @@ pub struct CoreStats {
     pub owned_blocks: usize,
     /// Blocks being copied into.
     pub in_transfer_blocks: usize,
+    /// Blocks of the host tier that hold KV.
+    pub host_blocks: usize,
     /// Segments in every state.
     pub num_segments: usize,
     /// Blocks that segments hold.
@@ -37,6 +39,12 @@ pub struct CoreStats {
     pub prompt_tokens_total: u64,
     /// Of those, tokens served from the cache.
     pub prefix_hit_tokens_total: u64,
+    /// Tokens copied back from the host tier, for prompts and after preemptions.
+    pub host_hit_tokens_total: u64,
+    /// Blocks copied to the host tier.
+    pub demoted_blocks_total: u64,
+    /// Full blocks copied back.
+    pub promoted_blocks_total: u64,
     /// Of those, tokens placed from segments; kept or computed again.
     pub segment_hit_tokens_total: u64,
     /// Of the placed ones, those that were kept.
@@ -68,7 +76,7 @@ pub struct CoreStats {
 impl Core {
     /// Counters now; O(1).
     pub fn stats(&self) -> CoreStats {
-        let counts = self.cache.counts();
+        let (counts, host) = (self.cache.counts(), self.cache.host_counts());
         CoreStats {
             num_running: self.running.len(),
             num_waiting: self.queue.len() + self.num_outside + self.num_shelved,
@@ -77,6 +85,7 @@ impl Core {
             cached_blocks: counts.cached,
             owned_blocks: counts.owned,
             in_transfer_blocks: counts.in_transfer,
+            host_blocks: host.cached + host.owned + host.in_transfer,
             num_segments: self.cache.num_segments(),
             segment_blocks: self.cache.segment_blocks(),
             pinned_blocks: self.cache.pinned_blocks(),

@@ -55,7 +55,7 @@ impl Core {
     fn look(&mut self, slot: u32) -> Waiting {
         let is_blend = self.seq(slot).blend.is_some();
         let partial = if is_blend { self.survey(slot, true).0 } else { self.find_prefix(slot, true) };
-        let hits = self.scratch_hits.len() as u32 * self.config.block_size;
+        let hits = (self.scratch_hits.len() + self.scratch_host.len()) as u32 * self.config.block_size;
         self.waiting(slot, hits + partial.map_or(0, |hit| hit.len))
     }
 

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvlite_core::plan::{Header, PROMPT_LOGPROB, PlanView, Region, SAMPLE};
+use kvlite_core::plan::{CopyDirection, Header, PROMPT_LOGPROB, PlanView, Region, SAMPLE};
 use kvlite_core::{CoreConfig, Scope};
 
 use super::hashes::{Kv, LAYERS, Row, UNWRITTEN, depth_of, rotate, row, value, weight};
@@ -53,6 +53,8 @@ pub struct Device {
     kv: Vec<Kv>,
     /// Tenant whose request wrote the slot.
     owner: Vec<u32>,
+    /// The host tier, slot by slot.
+    host: Vec<(Kv, u32)>,
     tables: Vec<Vec<u32>>,
     last_token: Vec<i32>,
     rows: Vec<(i32, u32)>,
@@ -69,6 +71,7 @@ impl Device {
             vocab_size: config.vocab_size,
             kv: vec![UNWRITTEN; num_slots],
             owner: vec![u32::MAX; num_slots],
+            host: vec![(UNWRITTEN, u32::MAX); (config.host_blocks * config.block_size) as usize],
             tables: vec![Vec::new(); num_rows],
             last_token: vec![-1; num_rows],
             rows: vec![(-1, 0); num_rows],
@@ -119,8 +122,13 @@ impl Device {
                 self.kv[slot as usize] = [0xdead; LAYERS];
             }
         }
-        for [_, _, target] in plan.rows::<3>(Region::BlockCopy) {
-            self.kv[target as usize * self.block_size..][..self.block_size].fill([0xdead; LAYERS]);
+        for [direction, _, target] in plan.rows::<3>(Region::BlockCopy) {
+            let slots = target as usize * self.block_size..(target as usize + 1) * self.block_size;
+            if direction == CopyDirection::ToHost as i32 {
+                self.host[slots].fill(([0xdead; LAYERS], u32::MAX));
+            } else {
+                self.kv[slots].fill([0xdead; LAYERS]);
+            }
         }
         let mut tables = self.tables.clone();
         plan.expand(&mut tables);
@@ -138,12 +146,7 @@ impl Device {
     /// Runs a plan: table changes, copies, placements, rows in order, samples.
     pub fn run(&mut self, plan: &PlanView<'_>, asked: &BTreeMap<i32, Asked>) -> Results {
         plan.expand(&mut self.tables);
-        for [direction, source, target] in plan.rows::<3>(Region::BlockCopy) {
-            assert_eq!(direction, 0, "copies stay on the device");
-            let source = source as usize * self.block_size..(source as usize + 1) * self.block_size;
-            self.owner.copy_within(source.clone(), target as usize * self.block_size);
-            self.kv.copy_within(source, target as usize * self.block_size);
-        }
+        self.copy_blocks(plan);
         let placed = self.place(plan, asked);
         let num_tokens = plan.header(Header::NumTokens) as usize;
         let num_seqs = plan.header(Header::NumSeqs) as usize;
@@ -191,6 +194,28 @@ impl Device {
         let entries = plan.rows::<7>(Region::Score).map(|entry| entry[0] as usize);
         let scored = entries.flat_map(|seq| scorings.remove(&seq).expect("one entry per sequence").scores).collect();
         Results { drawn, scored, placed, repaired }
+    }
+
+    /// Copies to the host first, then the others; a plan without rows is not run.
+    fn copy_blocks(&mut self, plan: &PlanView<'_>) {
+        if plan.header(Header::NumTokens) == 0 {
+            return;
+        }
+        let is_to_host = |row: &[i32; 3]| row[0] == CopyDirection::ToHost as i32;
+        let (to_host, others): (Vec<_>, Vec<_>) = plan.rows::<3>(Region::BlockCopy).partition(is_to_host);
+        for [_, source, target] in to_host {
+            let slots = self.block(source as u32);
+            self.host[target as usize * self.block_size..][..self.block_size].copy_from_slice(&slots);
+        }
+        for [direction, source, target] in others {
+            let slots = if direction == CopyDirection::FromHost as i32 {
+                self.host[source as usize * self.block_size..][..self.block_size].to_vec()
+            } else {
+                assert_eq!(direction, CopyDirection::OnDevice as i32, "there are three directions");
+                self.block(source as u32)
+            };
+            self.fill(target as u32, &slots);
+        }
     }
 
     /// Per sequence: whose block table its first keys are read by, and how many. That is the first member's of its group.

@@ -3,7 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvlite_core::plan::{Header, PlanView, Region};
+use kvlite_core::plan::{CopyDirection, Header, PlanView, Region};
+
+/// Added to the number of a block of the host, which none of the pool reaches.
+const HOST: u32 = 1 << 31;
 
 /// Block tables as planned so far, and the blocks that plans in flight name.
 pub struct Overlap {
@@ -12,11 +15,14 @@ pub struct Overlap {
     in_flight: Vec<BTreeSet<u32>>,
     /// Blocks of segments that plans in flight write, and for which row.
     making: Vec<BTreeMap<u32, usize>>,
+    /// Blocks of the host that plans in flight write.
+    to_host: Vec<BTreeSet<u32>>,
 }
 
 impl Overlap {
     pub fn new(num_rows: usize, block_size: u32) -> Overlap {
-        Overlap { block_size, tables: vec![Vec::new(); num_rows], in_flight: Vec::new(), making: Vec::new() }
+        let tables = vec![Vec::new(); num_rows];
+        Overlap { block_size, tables, in_flight: Vec::new(), making: Vec::new(), to_host: Vec::new() }
     }
 
     /// Takes in the newest plan.
@@ -28,16 +34,7 @@ impl Overlap {
         plan.expand(&mut self.tables);
 
         let mut named = BTreeSet::new();
-        let mut sources = BTreeSet::new();
-        let mut targets = BTreeSet::new();
-        for [_, source, target] in plan.rows::<3>(Region::BlockCopy) {
-            sources.insert(source as u32);
-            assert!(targets.insert(target as u32), "block {target} is copied into once");
-        }
-        assert!(sources.is_disjoint(&targets), "copies of one plan may run in any order");
-        for &target in &targets {
-            self.assert_unread(target, usize::MAX);
-        }
+        let (sources, to_host) = self.copies(plan);
         let listed = plan.flat(Region::SourceBlocks, plan.header(Header::NumSourceBlocks) as usize);
         let placed_from: BTreeSet<u32> = listed.iter().map(|&block| block as u32).collect();
         for [row, position, len, ..] in plan.rows::<6>(Region::Place) {
@@ -78,6 +75,8 @@ impl Overlap {
             named.extend(read.iter().copied().filter(|&block| block != u32::MAX));
         }
         named.extend(sources);
+        named.extend(&to_host);
+        self.to_host.push(to_host);
         named.extend(placed_from);
         self.in_flight.push(named);
         self.making.push(making);
@@ -87,6 +86,32 @@ impl Overlap {
     pub fn complete(&mut self) {
         self.in_flight.remove(0);
         self.making.remove(0);
+        self.to_host.remove(0);
+    }
+
+    /// Blocks that copies read where they stay, and those of the host that copies write. Copies to the host come before the others;
+    /// apart from that they may run in any order.
+    fn copies(&self, plan: &PlanView<'_>) -> (BTreeSet<u32>, BTreeSet<u32>) {
+        let (mut sources, mut targets, mut to_host, mut gone) = Default::default();
+        for [direction, source, target] in plan.rows::<3>(Region::BlockCopy) {
+            let [mut source, target] = [source, target].map(|block| block as u32);
+            if direction == CopyDirection::ToHost as i32 {
+                assert!(BTreeSet::insert(&mut gone, source), "block {source} goes to the host once");
+                assert!(BTreeSet::insert(&mut to_host, HOST + target), "host block {target} is copied into once");
+                continue;
+            }
+            if direction == CopyDirection::FromHost as i32 {
+                source += HOST;
+                let arrives = self.to_host.iter().any(|targets| targets.contains(&source));
+                assert!(!arrives, "{source} is read before the plan that writes it is done");
+            }
+            BTreeSet::insert(&mut sources, source);
+            assert!(BTreeSet::insert(&mut targets, target), "block {target} is copied into once");
+        }
+        assert!(sources.is_disjoint(&targets), "what one copy reads another one writes");
+        assert!(sources.is_disjoint(&to_host) && sources.is_disjoint(&gone), "what eviction took is read");
+        targets.iter().chain(&to_host).for_each(|&target| self.assert_unread(target, usize::MAX));
+        (sources, to_host)
     }
 
     /// Nobody but `row` may be told of this block: a plan in flight might name it.

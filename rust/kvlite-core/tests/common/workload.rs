@@ -30,6 +30,8 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         attention_cost_tokens: rng.range(1, 64) as u32,
         attention_split_tokens: 1,
         group_cost_tokens: 0,
+        host_blocks: 0,
+        swap_cost_tokens: 0,
         reserve_tokens: [0, 0, 2, 8][rng.range(0, 3) as usize],
         watermark_ratio: [1.0, 1.0, 0.9, 0.5][rng.range(0, 3) as usize],
         segment_cache_ratio: [0.5, 0.5, 0.2, 1.0, 0.0][rng.range(0, 4) as usize],
@@ -46,6 +48,8 @@ pub fn random_config(rng: &mut Rng) -> CoreConfig {
         policy: POLICIES[(bits >> 8) as usize % POLICIES.len()],
         max_passes: [0, 1, 2, 64][(bits >> 16) as usize % 4],
         eviction: EvictionKind::ALL[(bits >> 4) as usize % 4].1,
+        host_blocks: [0, 3, 16, 64][(bits >> 18) as usize % 4],
+        swap_cost_tokens: [0, 0, 0, 3 * block_size][(bits >> 6) as usize % 4],
         ..config
     }
 }

@@ -1,6 +1,6 @@
 //! Moves of one request in each of its states: its stream is the one of a run that stayed, and both pools come back.
 
-use kvlite_core::FinishReason;
+use kvlite_core::{CoreConfig, FinishReason};
 
 use crate::common::Asked;
 use crate::common::engine::{Engine, small_config};
@@ -232,6 +232,40 @@ fn a_preempted_request_moves_and_goes_on_elsewhere() {
     for at in 0..2 {
         assert_eq!(finish(&mut a, handles[at]), expected[at]);
     }
+    a.drain(3);
+    b.drain(3);
+}
+
+#[test]
+fn a_preempted_request_whose_blocks_went_to_the_host_moves_and_leaks_nothing_on_either_side() {
+    let config = CoreConfig { num_blocks: 17, host_blocks: 32, max_num_batched_tokens: 64, ..small_config() };
+    let [mut a, mut b] = [CoreConfig { reserve_tokens: 0, ..config }, small_config()].map(Engine::new);
+    let leader = a.add(asked(1, 40)).unwrap();
+    let others: Vec<Asked> = (2..5).map(|salt| Asked::new(&prompt(13, salt), 12)).collect();
+    let handles: Vec<i32> = others.iter().map(|asked| a.add(asked.clone()).unwrap()).collect();
+    // The youngest goes first: it has computed as little as any.
+    let (last, swapped) = (handles[2], &others[2]);
+    let is_swapped = |engine: &Engine| {
+        let stats = engine.core.stats();
+        stats.preemptions_total > 0 && stats.num_waiting > 0 && stats.demoted_blocks_total > 0
+    };
+    for _ in 0..40 {
+        if is_swapped(&a) {
+            break;
+        }
+        a.turn();
+    }
+    assert!(is_swapped(&a), "the test is about a request whose blocks are on the host: {:?}", a.core.stats());
+    a.core.export_begin(last).unwrap();
+    assert_eq!(a.core.export_left(last), Ok(0), "it waits without a block of the pool");
+    assert!(a.core.export_abort(last));
+
+    let moved = move_now(&mut a, &mut b, last).expect("the other engine is empty");
+    assert_eq!(finish(&mut b, moved), unmoved(swapped));
+    for (handle, asked) in handles.iter().zip(&others).take(2) {
+        assert_eq!(finish(&mut a, *handle), unmoved(asked));
+    }
+    finish(&mut a, leader);
     a.drain(3);
     b.drain(3);
 }

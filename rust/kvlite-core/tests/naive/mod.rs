@@ -4,11 +4,13 @@
 
 pub mod order;
 pub mod segments;
+pub mod tiers;
 
 use kvlite_core::cache::{BlockCounts, MAX_PARTIAL_CANDIDATES, PartialHit, SegmentState};
 use kvlite_core::{BlockId, EvictionKind, Label, Lookup, Token};
 use order::Watched;
 use segments::Segment;
+use tiers::HostBlock;
 
 /// Tokens from the root on, each with the label of its block.
 pub type Path = Vec<(Label, Token)>;
@@ -28,6 +30,16 @@ pub struct Entry {
     pub class: u64,
     /// The highest class of a child that was released below it.
     pub floor: u64,
+    /// Whether it lies on the host; then `block` is that one.
+    pub on_host: bool,
+    /// Its block there, or its twin.
+    pub host: Option<HostBlock>,
+}
+
+impl Entry {
+    pub fn has_host(&self, id: u64) -> bool {
+        self.host.as_ref().is_some_and(|host| host.id == id)
+    }
 }
 
 /// The obvious cache: a list, searched from end to end for every question.
@@ -37,6 +49,11 @@ pub struct Naive {
     pub private: Vec<BlockId>,
     pub in_transfer: Vec<BlockId>,
     pub segments: Vec<Segment>,
+    /// Blocks of the host that are in use and nothing else.
+    pub orphans: Vec<HostBlock>,
+    /// Copies to the host that the next allocation may owe, and those that it owes.
+    pub room: usize,
+    pub owed: Vec<u64>,
     /// Priority of the last segment evicted.
     pub segment_clock: u128,
     /// Every name the cache has given away so far.
@@ -69,7 +86,8 @@ impl Naive {
         let in_tree = self.entries.iter().filter(|entry| entry.released.is_some()).count();
         let idle: usize = self.segments.iter().filter(|segment| segment.is_cached()).map(Segment::num_held).sum();
         let cached = in_tree + idle;
-        let owned = self.entries.len() + self.segment_blocks() - cached + self.private.len();
+        let on_device = self.entries.iter().filter(|entry| !entry.on_host).count();
+        let owned = on_device + self.segment_blocks() - cached + self.private.len();
         let in_transfer = self.in_transfer.len();
         BlockCounts { free: self.regime.num_blocks - cached - owned - in_transfer, cached, owned, in_transfer }
     }
@@ -83,7 +101,7 @@ impl Naive {
                 num_segments += 1;
                 continue;
             };
-            self.forget(at);
+            self.evict_entry(at);
             num_blocks += 1;
         }
         (num_blocks, num_segments)
@@ -111,7 +129,8 @@ impl Naive {
                 if self.regime.keeps_released {
                     self.rest(at);
                 } else {
-                    self.forget(at);
+                    self.leave_device(at);
+                    self.entries.swap_remove(at);
                 }
             }
         }
@@ -176,6 +195,7 @@ pub struct Regime {
     pub keeps_released: bool,
     /// Blocks that segments may hold; 0: there are none.
     pub segment_quota: usize,
+    pub host_blocks: usize,
 }
 
 /// SplitMix64: random enough, and the same everywhere.

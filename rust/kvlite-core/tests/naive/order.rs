@@ -72,7 +72,7 @@ impl Naive {
         let worth = 2 * self.interval / 1024;
         let due = |entry: &Entry| (entry.stamp + entry.class * worth, entry.class);
         let first = unwanted.into_iter().min_by_key(|&at| due(&self.entries[at]));
-        let is_end = |&at: &usize| self.children(&self.entries[at].path).is_empty();
+        let is_end = |&at: &usize| self.children(&self.entries[at].path).iter().all(|child| child.on_host);
         let first_turn = |&at: &usize| {
             let here = self.watched.iter().filter(|watched| watched.path == self.entries[at].path);
             here.map(|watched| watched.turn).min()
@@ -80,16 +80,17 @@ impl Naive {
         first.or_else(|| wanted.into_iter().filter(is_end).max_by_key(first_turn))
     }
 
-    /// Takes a block out of the list; what is known of it is remembered.
-    pub fn forget(&mut self, at: usize) {
-        let gone = self.entries.swap_remove(at);
-        self.past.retain(|(path, ..)| *path != gone.path);
-        self.past.push((gone.path.clone(), gone.uses, gone.stamp));
-        for watched in self.watched.iter_mut().filter(|watched| watched.path == gone.path) {
-            watched.path.truncate(gone.path.len() - self.regime.block_size);
+    /// A block is on the device no more; what is known of it is remembered.
+    pub fn leave_device(&mut self, at: usize) {
+        let Entry { path, uses, stamp, .. } = &self.entries[at];
+        let (path, uses, stamp) = (path.clone(), *uses, *stamp);
+        self.past.retain(|(other, ..)| *other != path);
+        for watched in self.watched.iter_mut().filter(|watched| watched.path == path) {
+            watched.path.truncate(path.len() - self.regime.block_size);
         }
-        let has_tail = self.entries.iter().any(|entry| entry.path.starts_with(&gone.path));
-        assert!(!has_tail, "the model evicts {:?} from the middle of a path", gone.path);
+        let is_tail = |entry: &Entry| !entry.on_host && entry.path != path && entry.path.starts_with(&path);
+        assert!(!self.entries.iter().any(is_tail), "the model evicts {path:?} from the middle of a path");
+        self.past.push((path, uses, stamp));
     }
 
     pub fn unwatch(&mut self, at: usize) {

@@ -1,6 +1,7 @@
 //! Random operations on blocks and paths, applied to the cache and to the list; part of `tests/model.rs`.
 
 use super::naive::order::Watched;
+use super::naive::tiers::HostBlock;
 use super::naive::{Entry, Naive, Path};
 use super::segment_operations::EVICTED_FOR_BLOCKS;
 use super::{BlockId, BlockState, Label, Lookup, MAX_PARTIAL_CANDIDATES, Pair, TenantId, Token};
@@ -75,8 +76,9 @@ impl Pair {
         self.seen.unreadable += usize::from(children.iter().any(|&entry| is_next(entry)));
         self.seen.crowded_matches += usize::from(!hits.is_empty() && children.len() > MAX_PARTIAL_CANDIDATES);
         self.seen.partial_hits += usize::from(partial.is_some());
-        let last = *hits.last()?;
-        Some((path, last))
+        self.split_both(&hits);
+        let last = hits.iter().rposition(|&block| !self.cache.is_on_host(block))?;
+        Some((path[..(last + 1) * self.naive.regime.block_size].to_vec(), hits[last]))
     }
 
     pub fn alloc(&mut self) {
@@ -89,17 +91,25 @@ impl Pair {
         };
         let counts = self.naive.counts();
         self.out.clear();
+        let has_host = self.naive.regime.host_blocks > 0;
+        let room = if has_host { self.random.index(5) } else { 0 };
+        self.cache.open_demotions(room);
+        self.naive.room = room;
         let done = self.cache.alloc(count, after, &mut self.out);
         assert_eq!(done, count <= counts.free + counts.cached, "alloc of {count} with {counts:?}");
         assert_eq!(self.out.len(), if done { count } else { 0 }, "alloc is all or nothing");
         if !done {
             self.seen.refused += 1;
+            self.name_demotions();
+            self.naive.room = 0;
             return;
         }
         let wanted = |naive: &Naive| naive.entries.iter().filter(|entry| naive.is_wanted(&entry.path)).count();
         let before = wanted(&self.naive);
         let (num_blocks, num_segments) = self.naive.evict_for(count);
         self.seen.wanted_evicted += before - wanted(&self.naive);
+        self.name_demotions();
+        self.naive.room = 0;
         self.seen.evicted += num_blocks;
         self.seen.segments[EVICTED_FOR_BLOCKS] += num_segments;
         for block in std::mem::take(&mut self.out) {
@@ -143,13 +153,29 @@ impl Pair {
         let vocab = if parent.is_none() && self.random.below(4) > 0 { 1 } else { self.naive.regime.vocab };
         let tokens = self.tokens(self.naive.regime.block_size, vocab);
         let below = |label| path.iter().copied().chain(tokens.iter().map(|&token| (label, token))).collect::<Path>();
-        let shared = Some(below(Label::PUBLIC)).filter(|path| label.is_exact() && self.naive.position(path).is_some());
+        let is_copy = self.naive.regime.host_blocks > 0 && self.random.below(2) == 0;
+        let may_share = |at: usize| label == Label::PUBLIC || is_copy || !self.naive.entries[at].on_host;
+        let shared = Some(below(Label::PUBLIC))
+            .filter(|path| label.is_exact() && self.naive.position(path).is_some_and(may_share));
         path = Some(below(label))
             .filter(|path| shared.is_none() || self.naive.position(path).is_some())
             .or(shared)
             .unwrap();
-        let done = self.cache.insert(label, above, &tokens, block);
+        let done = match is_copy {
+            true => self.cache.restore(label, above, &tokens, block),
+            false => self.cache.insert(label, above, &tokens, block),
+        };
         match self.naive.position(&path) {
+            Some(existing) if self.naive.entries[existing].on_host => {
+                assert_eq!(done, Inserted::New, "{path:?} is on the host alone");
+                let tick = self.naive.tick();
+                self.naive.private.swap_remove(at);
+                let mut entry = self.naive.entries.swap_remove(existing);
+                entry.host.as_mut().expect("it lay there").idle_since = tick;
+                self.enter(path.clone(), block, entry.born, entry.host);
+                self.pins.push((path, block));
+                self.seen.returned += 1;
+            }
             Some(existing) => {
                 let existing = self.naive.entries[existing].block;
                 assert_eq!(done, Inserted::Duplicate(existing), "{path:?} is stored already");
@@ -161,7 +187,7 @@ impl Pair {
                 assert_eq!(done, Inserted::New, "{path:?} is not stored");
                 let born = self.naive.tick();
                 self.naive.private.swap_remove(at);
-                self.enter(path.clone(), block, born);
+                self.enter(path.clone(), block, born, None);
                 self.pins.push((path, block));
             }
         }
@@ -174,7 +200,7 @@ impl Pair {
     }
 
     /// A block is new in the tree; of what it was before it was evicted, the cache may have lost all but invented nothing.
-    fn enter(&mut self, path: Path, block: BlockId, born: u64) {
+    fn enter(&mut self, path: Path, block: BlockId, born: u64, host: Option<HostBlock>) {
         let uses = u64::from(self.cache.uses(block));
         let past = self.naive.past.iter().find(|(gone, ..)| *gone == path).map(|&(_, uses, stamp)| (uses, stamp));
         if uses > 1 {
@@ -185,7 +211,8 @@ impl Pair {
         }
         self.seen.forgotten += usize::from(uses == 1 && past.is_some());
         self.naive.follow(&path);
-        let entry = Entry { path, block, users: 1, released: None, born, stamp: 0, uses, class: 0, floor: 0 };
+        let (users, released, on_host, stamp, class, floor) = (1, None, false, 0, 0, 0);
+        let entry = Entry { path, block, users, released, born, stamp, uses, class, floor, on_host, host };
         self.naive.entries.push(entry);
         let watched = &self.naive.watched;
         let asked = |turn| watched.iter().find(|one| one.turn == turn).expect("it is watched");
@@ -200,7 +227,11 @@ impl Pair {
         let turn = Turn { rank, choice: self.random.below(2) as u32, slot: self.num_turns };
         self.cache.watch(turn, lookup, &tokens);
         if self.naive.regime.keeps_released {
-            let (path, _, _) = self.naive.longest_match(lookup, &tokens, usize::MAX);
+            let (mut path, ..) = self.naive.longest_match(lookup, &tokens, usize::MAX);
+            let size = self.naive.regime.block_size;
+            while self.naive.position(&path).is_some_and(|at| self.naive.entries[at].on_host) {
+                path.truncate(path.len() - size);
+            }
             self.naive.watched.push(Watched { turn, lookup, tokens, path });
         }
     }

@@ -23,6 +23,8 @@ pub fn config() -> CoreConfig {
         attention_cost_tokens: 1 << 20,
         attention_split_tokens: 256,
         group_cost_tokens: 0,
+        host_blocks: 0,
+        swap_cost_tokens: 0,
         reserve_tokens: 0,
         segment_cache_ratio: 0.5,
         model_digest: 1,

@@ -20,6 +20,8 @@ impl Tree {
             if let Some(parent) = link.parent.as_block() {
                 num_children += 1;
                 assert!(self.label(parent).is_some(), "block {block} hangs below {parent}, which is not in the tree");
+                let depth = self.links[parent as usize].depth + 1;
+                assert!(link.depth == depth, "block {block} is at depth {}, not {depth}", link.depth);
             }
             let mut previous = NONE;
             for child in self.children(block) {
