@@ -7,7 +7,7 @@ import threading
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvlite.config import EngineConfig
+from kvlite.config import EngineConfig, Policy
 from kvlite.errors import CapacityError, EngineClosedError, EngineError
 from kvlite.types import FinishReason, Logprob, TokenLogprobs, Usage
 
@@ -28,7 +28,7 @@ def logprob(token: int, text: str, value: float) -> TokenLogprobs:
 
 
 def test_a_chat_answer_has_the_message_the_usage_and_where_its_prompt_came_from():
-    engine = FakeEngine([answer("Oslo", prompt=40, cached=32)])
+    engine = FakeEngine([answer("Oslo", prompt=40, cached=32)], config=EngineConfig(policy=Policy.PRIORITY))
     reply = one(engine, CHAT_PATH, CHAT | {"temperature": 0.5, "priority": 3})
     assert reply.status == 200
     body = reply.json

@@ -213,7 +213,7 @@ fn block<A: Element, W: Element, const R: usize>(
             // SAFETY: tasks have distinct ranges of outputs.
             #[allow(unsafe_code)]
             let target = unsafe { out.heads_mut(row, outputs.clone()) };
-            if let (Some(target), true) = (target.as_mut_array::<LANES>(), bias.is_empty()) {
+            if let (Ok(target), true) = (<&mut [A; LANES]>::try_from(&mut *target), bias.is_empty()) {
                 *target = sums.map(A::from_f32);
             } else {
                 let mut sums = *sums;
