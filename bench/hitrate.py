@@ -159,7 +159,8 @@ class Served:
             "vocab_size": max(max(ids) for ids in trace) + 1, "enable_prefix_caching": True,
             # A block stands for 512 tokens; attention is as dear as the rest at 4,096 of them.
             "attention_cost_tokens": 4096 // TOKENS_PER_BLOCK, "attention_split_tokens": 256, "group_cost_tokens": 0,
-            "host_blocks": 0, "swap_cost_tokens": 0, "reserve_tokens": 0, "watermark_ratio": 1.0, "segment_cache_ratio": 0.0, "model_digest": 0,
+            "host_blocks": 0, "swap_cost_tokens": 0,
+            "reserve_tokens": 0, "watermark_ratio": 1.0, "segment_cache_ratio": 0.0, "model_digest": 0,
             "canonical_prefix": [], "max_segments": 1, "hash_seed": 1,
         }  # fmt: skip
         layout = _core.Core.layout(**config)
