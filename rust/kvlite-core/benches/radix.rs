@@ -13,7 +13,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::Criterion;
-use kvlite_core::cache::{Cache, Inserted, MAX_WATCHED, Turn};
+use kvlite_core::Waiter;
+use kvlite_core::cache::{Cache, Inserted, MAX_WATCHED};
 use kvlite_core::{BlockId, CoreConfig, EvictionKind, Label, Lookup, PolicyKind, TenantId, Token};
 
 const BLOCK_SIZE: usize = 16;
@@ -225,13 +226,13 @@ fn bench_evict(criterion: &mut Criterion, figures: &Figures) {
     });
 }
 
-/// Each block is wanted by one of as many waiting requests as are watched: the ends of the last turns' paths go first.
+/// Each block is wanted by one of as many waiting requests as are watched: the ends of the last waiters' paths go first.
 fn bench_evict_wanted(criterion: &mut Criterion, figures: &Figures) {
     let mut fixture = Fixture::new(MAX_WATCHED * BLOCKS_PER_LEAF);
     let documents: Vec<Vec<Token>> = (0..MAX_WATCHED).map(|_| fixture.remember(BLOCKS_PER_LEAF)).collect();
     for (at, tokens) in documents.iter().enumerate() {
-        let turn = Turn { rank: (at as i64, 0), choice: 0, slot: at as u32 };
-        fixture.cache.watch(turn, Lookup::exact(label()), tokens);
+        let waiter = Waiter { rank: (at as i64, 0), choice: 0, slot: at as u32 };
+        fixture.cache.watch(waiter, Lookup::exact(label()), tokens);
     }
     let mut blocks = Vec::with_capacity(EVICTED_AT_ONCE);
     figures.measure(criterion, "evict_wanted_ns_per_block", EVICTED_AT_ONCE, |iterations| {
@@ -246,7 +247,7 @@ fn bench_evict_wanted(criterion: &mut Criterion, figures: &Figures) {
             for (tokens, blocks) in gone.iter().zip(blocks.chunks_exact(BLOCKS_PER_LEAF)) {
                 let end = fixture.insert(tokens, blocks);
                 for &block in blocks {
-                    let asked = |turn: Turn| (Lookup::exact(label()), &documents[turn.slot as usize][..]);
+                    let asked = |waiter: Waiter| (Lookup::exact(label()), &documents[waiter.slot as usize][..]);
                     fixture.cache.follow(block, asked);
                 }
                 fixture.cache.unpin(end);

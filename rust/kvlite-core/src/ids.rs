@@ -32,6 +32,17 @@ impl fmt::Debug for BlockId {
     }
 }
 
+/// A waiting sequence, ordered as it came; unique, because choices of a request differ and every other rank does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Waiter {
+    /// Place in line: what the policy said, then the arrival.
+    pub rank: (i64, u64),
+    /// Tells choices of one request apart.
+    pub choice: u32,
+    /// Where the core keeps it.
+    pub slot: u32,
+}
+
 /// What the KV of a block in the tree is, and so who may read it: the exact KV of one tenant, or what one recipe made.
 ///
 /// A number below 2^31 is a tenant's exact KV, one from there on a recipe's.

@@ -21,6 +21,6 @@ pub use crate::core::{
 };
 pub use config::{CoreConfig, EvictionKind, PolicyKind};
 pub use error::CoreError;
-pub use ids::{BlockId, Label, Lookup, TenantId, Token};
+pub use ids::{BlockId, Label, Lookup, TenantId, Token, Waiter};
 pub use plan::Layout;
 pub use sequence::FinishReason;

@@ -78,7 +78,7 @@ struct Pair {
     /// Every segment's name so far.
     named_segments: Vec<SegmentId>,
     /// Requests that have waited so far.
-    num_turns: u32,
+    num_waiters: u32,
     /// Blocks of the host that plans read and write.
     reads: Vec<(u64, BlockId)>,
     writes: Vec<(u64, BlockId)>,
@@ -139,7 +139,7 @@ impl Pair {
             random: Random(seed ^ regime.name << 32),
             pins: vec![],
             named_segments: vec![],
-            num_turns: 0,
+            num_waiters: 0,
             reads: vec![],
             writes: vec![],
             out: vec![],
@@ -233,9 +233,9 @@ impl Pair {
             assert_eq!(self.cache.labelled(label), labelled.count(), "blocks of {label:?}");
         }
         let parked: Vec<_> = self.cache.watched().collect();
-        self.naive.watched.sort_by_key(|watched| watched.turn);
+        self.naive.watched.sort_by_key(|watched| watched.waiter);
         let at = |path: &Path| self.naive.position(path).map(|at| self.naive.entries[at].block);
-        let expected = self.naive.watched.iter().map(|watched| (watched.turn, at(&watched.path)));
+        let expected = self.naive.watched.iter().map(|watched| (watched.waiter, at(&watched.path)));
         assert!(expected.eq(parked.iter().copied()), "who waits is followed: {parked:?}");
         self.compare_segments();
         self.match_both();

@@ -19,7 +19,7 @@ pub use blocks::{BlockCounts, BlockState};
 pub use radix::MAX_PARTIAL_CANDIDATES;
 pub use segments::{SegmentId, SegmentState, SegmentView};
 pub use tiers::Demotion;
-pub use wants::{MAX_WATCHED, Turn};
+pub use wants::MAX_WATCHED;
 
 use crate::config::CoreConfig;
 use crate::ids::{BlockId, Label, Lookup, Token};
@@ -161,7 +161,7 @@ impl Cache {
     }
 
     /// Publishes an owned block, whose KV a completed plan has written, as `tokens` below `parent` (a block that the caller protects;
-    /// none: the root). The label says what the KV is; labels turn from public to own and from exact to a recipe's on the way
+    /// none: the root). The label says what the KV is; labels waiter from public to own and from exact to a recipe's on the way
     /// down, never back.
     ///
     /// `New`: the caller's use goes on as a pin of `block`, which protects `parent`; so the caller unpins `parent` next.

@@ -5,31 +5,21 @@
 //! wanted block is in no other order of eviction; at most `MAX_WATCHED` are watched, so nothing here is long. Called by `watch.rs`.
 //!
 //! ```text
-//!   root - [a] - [b] - [c] <- turn 2              wanted: a, b, c, d; listed, as they are cached and have no child: c, d
-//!            \                                    d goes first (turn 7 is served after turn 2); then turn 7 is parked at a
-//!             `- [d] <- turns 7, 9                a new block below d may continue turn 9: then it is parked there
+//!   root - [a] - [b] - [c] <- waiter 2      wanted: a, b, c, d; listed, as they are cached and have no child: c, d
+//!            \                              d goes first (7 is served after 2); then 7 and 9 are parked at a
+//!             `- [d] <- waiters 7, 9        a new block below d may continue 9: then it is parked there
 //! ```
 
 use super::NONE;
+use crate::ids::Waiter;
 
 /// Waiting requests whose hits are kept, those to be served first. Bounds the cost of a block that many of them begin with.
 pub const MAX_WATCHED: usize = 256;
 
-/// The turn of a waiting request; the smaller is sooner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Turn {
-    /// Order in the queue.
-    pub rank: (i64, u64),
-    /// Tells sequences of one rank apart.
-    pub choice: u32,
-    /// Whom the caller means.
-    pub slot: u32,
-}
-
 /// Where a watched request is parked.
 #[derive(Clone, Copy)]
 struct Watcher {
-    turn: Turn,
+    waiter: Waiter,
     /// `NONE`: at the root.
     block: u32,
     /// Blocks of its prompt from the root to there.
@@ -50,28 +40,28 @@ struct Spot {
 pub(super) struct Wants {
     watchers: Vec<Watcher>,
     free: Vec<u32>,
-    /// Watchers by turn.
-    by_turn: Vec<(Turn, u32)>,
+    /// Watchers by waiter.
+    by_waiter: Vec<(Waiter, u32)>,
     /// Per block; the last one is the root's.
     spots: Vec<Spot>,
-    /// Cached ends of wanted paths by the turn that needs them first; the last goes first.
-    ends: Vec<(Turn, u32)>,
+    /// Cached ends of wanted paths by the waiter that needs them first; the last goes first.
+    ends: Vec<(Waiter, u32)>,
 }
 
 /// A watcher that left its block: who, and how far its prompt is matched there.
 pub(super) struct Parked {
     pub watcher: u32,
-    pub turn: Turn,
+    pub waiter: Waiter,
     pub len: u32,
 }
 
 impl Wants {
     pub(super) fn new(num_blocks: usize) -> Wants {
-        let nowhere = Watcher { turn: Turn { rank: (0, 0), choice: 0, slot: 0 }, block: NONE, len: 0, next: NONE };
+        let nowhere = Watcher { waiter: Waiter { rank: (0, 0), choice: 0, slot: 0 }, block: NONE, len: 0, next: NONE };
         Wants {
             watchers: vec![nowhere; MAX_WATCHED],
             free: (0..MAX_WATCHED as u32).rev().collect(),
-            by_turn: Vec::with_capacity(MAX_WATCHED),
+            by_waiter: Vec::with_capacity(MAX_WATCHED),
             spots: vec![Spot { first: NONE, wants: 0 }; num_blocks + 1],
             ends: Vec::with_capacity(MAX_WATCHED),
         }
@@ -85,34 +75,34 @@ impl Wants {
         self.spots[block as usize].wants > 0
     }
 
-    /// Watchers by turn.
-    pub(super) fn by_turn(&self) -> impl Iterator<Item = (Turn, u32)> {
-        self.by_turn.iter().copied()
+    /// Watchers by waiter.
+    pub(super) fn by_waiter(&self) -> impl Iterator<Item = (Waiter, u32)> {
+        self.by_waiter.iter().copied()
     }
 
     /// Watched requests.
     pub(super) fn num_watched(&self) -> usize {
-        self.by_turn.len()
+        self.by_waiter.len()
     }
 
-    /// The last turn that is watched.
-    pub(super) fn last(&self) -> Option<Turn> {
-        self.by_turn.last().map(|&(turn, _)| turn)
+    /// The last waiter that is watched.
+    pub(super) fn last(&self) -> Option<Waiter> {
+        self.by_waiter.last().map(|&(waiter, _)| waiter)
     }
 
     /// A new watcher, not parked yet. There is room for it.
-    pub(super) fn enter(&mut self, turn: Turn) -> u32 {
+    pub(super) fn enter(&mut self, waiter: Waiter) -> u32 {
         let watcher = self.free.pop().expect("the caller has counted those who are watched");
-        self.watchers[watcher as usize].turn = turn;
-        let at = self.by_turn.partition_point(|&(other, _)| other < turn);
-        self.by_turn.insert(at, (turn, watcher));
+        self.watchers[watcher as usize].waiter = waiter;
+        let at = self.by_waiter.partition_point(|&(other, _)| other < waiter);
+        self.by_waiter.insert(at, (waiter, watcher));
         watcher
     }
 
-    /// Forgets a turn, which its caller then takes from its block; none: it is not watched.
-    pub(super) fn leave(&mut self, turn: Turn) -> Option<u32> {
-        let at = self.by_turn.binary_search_by_key(&turn, |&(turn, _)| turn).ok()?;
-        let (_, watcher) = self.by_turn.remove(at);
+    /// Forgets a waiter, which its caller then takes from its block; none: it is not watched.
+    pub(super) fn leave(&mut self, waiter: Waiter) -> Option<u32> {
+        let at = self.by_waiter.binary_search_by_key(&waiter, |&(waiter, _)| waiter).ok()?;
+        let (_, watcher) = self.by_waiter.remove(at);
         self.free.push(watcher);
         Some(watcher)
     }
@@ -158,8 +148,8 @@ impl Wants {
     }
 
     fn at(&self, watcher: u32) -> Option<Parked> {
-        let Watcher { turn, len, .. } = *self.watchers.get(watcher as usize)?;
-        Some(Parked { watcher, turn, len })
+        let Watcher { waiter, len, .. } = *self.watchers.get(watcher as usize)?;
+        Some(Parked { watcher, waiter, len })
     }
 
     /// One more want of a block; true when it is the first.
@@ -176,22 +166,22 @@ impl Wants {
         *wants == 0
     }
 
-    /// The first turn that needs a block at which somebody is parked.
-    fn first_turn(&self, block: u32) -> Option<Turn> {
-        self.parked(Some(block)).map(|parked| parked.turn).min()
+    /// The first waiter that needs a block at which somebody is parked.
+    fn first_waiter(&self, block: u32) -> Option<Waiter> {
+        self.parked(Some(block)).map(|parked| parked.waiter).min()
     }
 
     /// A wanted block is cached and has no child: it may be taken. O(`MAX_WATCHED`), usually a few.
     pub(super) fn list(&mut self, block: u32) {
-        let turn = self.first_turn(block).expect("somebody is parked at the end of a wanted path");
-        let at = self.ends.partition_point(|&end| end < (turn, block));
-        self.ends.insert(at, (turn, block));
+        let waiter = self.first_waiter(block).expect("somebody is parked at the end of a wanted path");
+        let at = self.ends.partition_point(|&end| end < (waiter, block));
+        self.ends.insert(at, (waiter, block));
     }
 
-    /// A block may be taken no more, or the first turn that needs it is about to change; false: it was not listed.
+    /// A block may be taken no more, or the first waiter that needs it is about to change; false: it was not listed.
     pub(super) fn unlist(&mut self, block: u32) -> bool {
-        let Some(turn) = self.first_turn(block) else { return false };
-        let found = self.ends.binary_search(&(turn, block));
+        let Some(waiter) = self.first_waiter(block) else { return false };
+        let found = self.ends.binary_search(&(waiter, block));
         found.map(|at| self.ends.remove(at)).is_ok()
     }
 
@@ -202,7 +192,10 @@ impl Wants {
 
     /// Checks lists and counts against each other. `parent` and `is_end` (cached, without a child) are the tree's.
     pub(super) fn audit(&self, parent: impl Fn(u32) -> Option<u32>, is_end: impl Fn(u32) -> bool) {
-        assert!(self.by_turn.is_sorted() && self.by_turn.len() + self.free.len() == MAX_WATCHED, "watchers by turn");
+        assert!(
+            self.by_waiter.is_sorted() && self.by_waiter.len() + self.free.len() == MAX_WATCHED,
+            "watchers by waiter"
+        );
         let mut wants = vec![0; self.spots.len() - 1];
         let mut num_parked = self.parked(None).count();
         for block in 0..wants.len() as u32 {
@@ -219,16 +212,16 @@ impl Wants {
                 at = Some(above);
             }
         }
-        assert!(num_parked == self.by_turn.len(), "{num_parked} are parked, {} are watched", self.by_turn.len());
+        assert!(num_parked == self.by_waiter.len(), "{num_parked} are parked, {} are watched", self.by_waiter.len());
         let mut num_ends = 0;
         for (block, &count) in wants.iter().enumerate() {
             let (block, counted) = (block as u32, self.spots[block].wants);
             assert!(counted == count, "block {block} is wanted {count} times, counted {counted} times");
             if count > 0 && is_end(block) {
                 num_ends += 1;
-                let turn = self.first_turn(block).expect("somebody is parked at the end of a wanted path");
+                let waiter = self.first_waiter(block).expect("somebody is parked at the end of a wanted path");
                 assert!(
-                    self.ends.binary_search(&(turn, block)).is_ok(),
+                    self.ends.binary_search(&(waiter, block)).is_ok(),
                     "block {block} is wanted, cached and not listed"
                 );
             }

@@ -4,20 +4,20 @@
 //! is in that order exactly while it is not wanted, and listed exactly while it is wanted and has no child. Called by `Cache`,
 //! and by `core`.
 
-use super::wants::{Parked, Turn};
+use super::wants::Parked;
 use super::{BlockState, Cache};
-use crate::ids::{BlockId, Lookup, Token};
+use crate::ids::{BlockId, Lookup, Token, Waiter};
 
 impl Cache {
     /// Keeps what a waiting request will hit until it is unwatched: of its path, which is followed as it grows, blocks are taken
-    /// after all that nobody watched wants, and after those that earlier turns do not need. `tokens` are what it may hit.
+    /// after all that nobody watched wants, and after those that earlier waiters do not need. `tokens` are what it may hit.
     ///
-    /// There is room for it and its turn is new. O(path); without prefix caching nothing is watched.
-    pub fn watch(&mut self, turn: Turn, lookup: Lookup, tokens: &[Token]) {
+    /// There is room for it and its waiter is new. O(path); without prefix caching nothing is watched.
+    pub fn watch(&mut self, waiter: Waiter, lookup: Lookup, tokens: &[Token]) {
         if !self.keeps_released {
             return;
         }
-        let watcher = self.wants.enter(turn);
+        let watcher = self.wants.enter(waiter);
         let (mut end, mut len) = (None, 0);
         self.tree.walk(lookup, tokens, usize::MAX, |block| {
             if !self.pool.is_on_host(block) {
@@ -35,8 +35,8 @@ impl Cache {
     }
 
     /// A request waits no longer; false: it was not watched. O(path).
-    pub fn unwatch(&mut self, turn: Turn) -> bool {
-        let Some(watcher) = self.wants.leave(turn) else { return false };
+    pub fn unwatch(&mut self, waiter: Waiter) -> bool {
+        let Some(watcher) = self.wants.leave(waiter) else { return false };
         let end = self.wants.block_of(watcher);
         let was_listed = end.is_some_and(|end| self.wants.unlist(end));
         self.wants.unpark(watcher);
@@ -51,13 +51,13 @@ impl Cache {
 
     /// After `block` was inserted: watched requests whose prompts go on with it are parked there. `asked` gives what was
     /// passed to `watch`. O(watched requests that are parked at its parent).
-    pub fn follow<'a>(&mut self, block: BlockId, asked: impl Fn(Turn) -> (Lookup, &'a [Token])) {
+    pub fn follow<'a>(&mut self, block: BlockId, asked: impl Fn(Waiter) -> (Lookup, &'a [Token])) {
         let block = self.in_tree(block);
         let (parent, label) = (self.tree.parent(block), self.tree.label(block).expect("it is in the tree"));
         let mut next = self.wants.parked(parent).next();
-        while let Some(Parked { watcher, turn, len }) = next {
+        while let Some(Parked { watcher, waiter, len }) = next {
             next = self.wants.after(watcher);
-            let (lookup, tokens) = asked(turn);
+            let (lookup, tokens) = asked(waiter);
             let goes_on = tokens.chunks_exact(self.tree.block_size()).nth(len as usize);
             if goes_on != Some(self.tree.tokens(block)) || !lookup.may_read(label, len as usize) {
                 continue;
@@ -76,17 +76,19 @@ impl Cache {
         self.wants.num_watched()
     }
 
-    /// The last turn that is watched.
-    pub fn last_watched(&self) -> Option<Turn> {
+    /// The last waiter that is watched.
+    pub fn last_watched(&self) -> Option<Waiter> {
         self.wants.last()
     }
 
-    /// Where every watched request is parked, by turn; none: at the root. For tests.
-    pub fn watched(&self) -> impl Iterator<Item = (Turn, Option<BlockId>)> {
-        self.wants.by_turn().map(|(turn, watcher)| (turn, self.wants.block_of(watcher).map(|at| self.pool.name(at))))
+    /// Where every watched request is parked, by waiter; none: at the root. For tests.
+    pub fn watched(&self) -> impl Iterator<Item = (Waiter, Option<BlockId>)> {
+        self.wants
+            .by_waiter()
+            .map(|(waiter, watcher)| (waiter, self.wants.block_of(watcher).map(|at| self.pool.name(at))))
     }
 
-    /// Wants turn up the path as far as it was not wanted before.
+    /// Wants waiter up the path as far as it was not wanted before.
     fn add_want(&mut self, block: u32) {
         let mut at = block;
         while self.wants.add(at) {

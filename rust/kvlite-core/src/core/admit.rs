@@ -28,8 +28,8 @@ impl Core {
             let Some(slot) = self.candidate() else { break };
             if !self.arranged.is_on() {
                 let seq = self.seq(slot);
-                let (tenant, place) = (seq.tenant(), seq.place(slot));
-                self.queue.choose(tenant, place);
+                let (tenant, waiter) = (seq.tenant(), seq.waiter(slot));
+                self.queue.choose(tenant, waiter);
             }
             match self.try_admit(slot, true, plan, record, budget) {
                 Attempt::Done => {}
@@ -278,7 +278,7 @@ impl Core {
         let row = self.free_rows.pop().expect("rows were counted before");
         self.unwatch(slot);
         let seq = &mut self.seqs[slot as usize];
-        self.queue.admit(seq.tenant(), seq.place(slot));
+        self.queue.admit(seq.tenant(), seq.waiter(slot));
         self.arrange_admission(slot);
         let seq = &mut self.seqs[slot as usize];
         seq.become_(Status::Running);

@@ -10,8 +10,8 @@
 use std::collections::BTreeSet;
 
 use super::Core;
-use super::queue::Place;
 use crate::config::{CoreConfig, PolicyKind};
+use crate::ids::Waiter;
 use crate::sched::batching::Batching;
 use crate::sched::{HOLD_LIMIT_STEPS, WORKLOAD_HOLD_LIMIT_STEPS};
 use crate::sequence::{FinishReason, Status};
@@ -37,7 +37,7 @@ pub(super) struct Arranged {
     /// Arrivals and ends since the order was made.
     num_changes: usize,
     /// Go before the order: they have begun, or somebody waits for them.
-    urgent: BTreeSet<Place>,
+    urgent: BTreeSet<Waiter>,
     held: Held,
     scratch: Vec<u32>,
 }
@@ -107,7 +107,7 @@ impl Core {
         let seq = &self.seqs[slot as usize];
         let has_begun = seq.makes.is_some() || seq.choice > 0 || seq.output_len() > 0 || seq.preemptions > 0;
         if has_begun {
-            self.arranged.urgent.insert(seq.place(slot));
+            self.arranged.urgent.insert(seq.waiter(slot));
         } else {
             self.arranged.num_changes += 1;
         }
@@ -116,7 +116,7 @@ impl Core {
     /// Somebody leaves the queue.
     pub(super) fn arrange_departure(&mut self, slot: u32) {
         if !self.arranged.urgent.is_empty() {
-            self.arranged.urgent.remove(&self.seqs[slot as usize].place(slot));
+            self.arranged.urgent.remove(&self.seqs[slot as usize].waiter(slot));
         }
     }
 
@@ -125,7 +125,7 @@ impl Core {
         self.arrange_departure(slot);
         if self.arranged.is_policy && !self.arranged.is_workload {
             let seq = &self.seqs[slot as usize];
-            self.queue.pass_older(seq.tenant(), seq.place(slot));
+            self.queue.pass_older(seq.tenant(), seq.waiter(slot));
         }
     }
 
@@ -156,7 +156,7 @@ impl Core {
     fn arrange(&mut self) {
         let arranged = &mut self.arranged;
         let mut slots = std::mem::take(&mut arranged.scratch);
-        let is_urgent = |slot: u32| arranged.urgent.contains(&self.seqs[slot as usize].place(slot));
+        let is_urgent = |slot: u32| arranged.urgent.contains(&self.seqs[slot as usize].waiter(slot));
         slots.extend(self.queue.slots().filter(|&slot| !is_urgent(slot)));
         slots.sort_unstable_by_key(|&slot| self.seqs[slot as usize].order());
         arranged.batching.clear();
@@ -188,7 +188,7 @@ impl Core {
 
     /// Who is to be admitted next: who was passed too often, who has begun, then the order.
     pub(super) fn next_arranged(&mut self) -> Option<u32> {
-        let first = self.overdue().or_else(|| self.arranged.urgent.first().map(|place| place.slot));
+        let first = self.overdue().or_else(|| self.arranged.urgent.first().map(|waiter| waiter.slot));
         if first.is_some() {
             return first;
         }

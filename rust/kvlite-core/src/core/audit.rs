@@ -120,7 +120,7 @@ impl Core {
         self.queue.audit();
         for slot in self.queue.slots() {
             let seq = self.seq(slot);
-            let is_here = self.queue.holds(seq.tenant(), seq.place(slot));
+            let is_here = self.queue.holds(seq.tenant(), seq.waiter(slot));
             assert!(is_here && seq.status() == Status::Waiting, "the queue names its sequences");
             assert!(seq.blocks.is_empty() && seq.tail_source.is_none(), "a waiting sequence holds no block");
         }

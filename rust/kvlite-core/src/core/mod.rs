@@ -37,10 +37,10 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use crate::cache::{Cache, SegmentId, Turn};
+use crate::cache::{Cache, SegmentId};
 use crate::config::CoreConfig;
 use crate::error::CoreError;
-use crate::ids::BlockId;
+use crate::ids::{BlockId, Waiter};
 use crate::plan::{Header, Layout, PlanWriter, Region};
 use crate::sched::Demand;
 use crate::sequence::Sequence;
@@ -74,7 +74,7 @@ pub struct Core {
     queue: Queue,
     arranged: Arranged,
     /// Turns beyond those that the cache watches; see `watch.rs`.
-    beyond: BTreeSet<Turn>,
+    beyond: BTreeSet<Waiter>,
     /// Sequences that wait for segments, outside the queue.
     num_outside: usize,
     /// Sequences that waited when they were frozen.

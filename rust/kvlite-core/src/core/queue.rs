@@ -15,26 +15,16 @@ use std::collections::BTreeMap;
 
 use super::turns::Turns;
 use crate::config::CoreConfig;
-use crate::ids::TenantId;
-use crate::sched::policy::{Policy, Turn, Waiting, policy};
-use crate::sequence::Rank;
+use crate::ids::{TenantId, Waiter};
+use crate::sched::policy::{Lines, Policy, Waiting, policy};
 
 /// Oldest sequences of a line among which the policy chooses: what bounds the work of a choice in a deep queue.
 pub(super) const WINDOW: usize = 64;
 /// Looks at the cache per step, the stalest of the window first; whoever is chosen is matched anew in any case.
 const LOOKS_PER_STEP: usize = 16;
 
-/// Where a sequence stands; unique, because choices of a request differ and every other rank does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
-    pub rank: Rank,
-    pub choice: u32,
-    pub slot: u32,
-}
-
-impl Place {
-    const FIRST: Place = Place { rank: (i64::MIN, 0), choice: 0, slot: 0 };
-}
+/// Before whoever waits.
+const FIRST: Waiter = Waiter { rank: (i64::MIN, 0), choice: 0, slot: 0 };
 
 /// What the queue remembers of one sequence.
 #[derive(Clone, Copy, Debug)]
@@ -52,14 +42,14 @@ pub(super) struct Queue {
     policy: Box<dyn Policy>,
     max_passes: u32,
     /// By line, then in order of rank.
-    entries: BTreeMap<(u32, Place), Entry>,
+    entries: BTreeMap<(u32, Waiter), Entry>,
     turns: Turns,
     /// Who was chosen and has not left since.
-    chosen: Option<(u32, Place)>,
+    chosen: Option<(u32, Waiter)>,
     num_looks: u64,
     looks_left: usize,
     /// (last look, who), for a choice.
-    scratch: Vec<(u64, Place)>,
+    scratch: Vec<(u64, Waiter)>,
 }
 
 impl Queue {
@@ -68,7 +58,7 @@ impl Queue {
         Queue {
             max_passes: config.max_passes,
             entries: BTreeMap::new(),
-            turns: Turns::new(policy.turn(), (config.max_num_waiting + config.max_num_seqs) as usize),
+            turns: Turns::new(policy.lines(), (config.max_num_waiting + config.max_num_seqs) as usize),
             chosen: None,
             num_looks: 0,
             looks_left: 0,
@@ -83,12 +73,12 @@ impl Queue {
 
     /// Slots of all who wait, line by line.
     pub fn slots(&self) -> impl Iterator<Item = u32> {
-        self.entries.keys().map(|&(_, place)| place.slot)
+        self.entries.keys().map(|&(_, waiter)| waiter.slot)
     }
 
-    /// Whether a sequence waits at this place.
-    pub fn holds(&self, tenant: TenantId, place: Place) -> bool {
-        self.entries.contains_key(&(self.line(tenant), place))
+    /// Whether a sequence waits at this waiter.
+    pub fn holds(&self, tenant: TenantId, waiter: Waiter) -> bool {
+        self.entries.contains_key(&(self.line(tenant), waiter))
     }
 
     /// The rank of whoever arrives now.
@@ -98,52 +88,52 @@ impl Queue {
 
     /// Lines are the tenants' where tenants take turns.
     fn line(&self, tenant: TenantId) -> u32 {
-        if self.policy.turn() == Turn::Common { 0 } else { tenant.0 }
+        if self.policy.lines() == Lines::Common { 0 } else { tenant.0 }
     }
 
     /// A sequence of `known` tokens comes to wait. O(log waiting), as every change.
-    pub fn insert(&mut self, tenant: TenantId, place: Place, known: u32) {
+    pub fn insert(&mut self, tenant: TenantId, waiter: Waiter, known: u32) {
         let line = self.line(tenant);
         let cost = self.policy.cost(&Waiting { known, ..Waiting::default() });
         // Where nobody is chosen here, who comes back before others was passed by whoever passed them: see `overdue`.
-        let next = self.entries.range((line, place)..).next().filter(|_| !self.policy.compares());
+        let next = self.entries.range((line, waiter)..).next().filter(|_| !self.policy.compares());
         let passes = next.map_or(0, |(_, entry)| entry.passes);
-        let before = self.entries.insert((line, place), Entry { passes, cost, looked: 0 });
-        assert!(before.is_none(), "{place:?} waits once");
-        self.turns.enter(line, place.rank);
+        let before = self.entries.insert((line, waiter), Entry { passes, cost, looked: 0 });
+        assert!(before.is_none(), "{waiter:?} waits once");
+        self.turns.enter(line, waiter.rank);
     }
 
     /// It leaves without having been admitted; false: it did not wait here.
-    pub fn remove(&mut self, tenant: TenantId, place: Place) -> bool {
+    pub fn remove(&mut self, tenant: TenantId, waiter: Waiter) -> bool {
         let line = self.line(tenant);
-        let was_here = self.entries.remove(&(line, place)).is_some();
+        let was_here = self.entries.remove(&(line, waiter)).is_some();
         if was_here {
-            self.turns.withdraw(line, place.rank);
-            self.chosen = self.chosen.filter(|&chosen| chosen != (line, place));
+            self.turns.withdraw(line, waiter.rank);
+            self.chosen = self.chosen.filter(|&chosen| chosen != (line, waiter));
         }
         was_here
     }
 
     /// It is admitted: its line's turn is over.
-    pub fn admit(&mut self, tenant: TenantId, place: Place) {
+    pub fn admit(&mut self, tenant: TenantId, waiter: Waiter) {
         let line = self.line(tenant);
-        self.entries.remove(&(line, place)).expect("who is admitted has waited");
+        self.entries.remove(&(line, waiter)).expect("who is admitted has waited");
         self.turns.take(line);
         self.chosen = None;
     }
 
     /// Whoever is older in its line has been passed.
-    pub fn pass_older(&mut self, tenant: TenantId, place: Place) {
+    pub fn pass_older(&mut self, tenant: TenantId, waiter: Waiter) {
         let line = self.line(tenant);
-        for (_, older) in self.entries.range_mut((line, Place::FIRST)..(line, place)) {
+        for (_, older) in self.entries.range_mut((line, FIRST)..(line, waiter)) {
             older.passes += 1;
         }
     }
 
     /// The oldest sequence of all, if it may not be passed any more. It was passed most, so nobody else is overdue before.
     pub fn overdue(&self) -> Option<u32> {
-        let (&(_, place), entry) = self.entries.first_key_value()?;
-        (entry.passes >= self.max_passes).then_some(place.slot)
+        let (&(_, waiter), entry) = self.entries.first_key_value()?;
+        (entry.passes >= self.max_passes).then_some(waiter.slot)
     }
 
     /// `tokens` of service for a tenant, weighed as `fair` weighs them. O(1).
@@ -160,13 +150,16 @@ impl Queue {
     /// Whoever needs no choice: the head where the rank decides, or who was chosen before.
     pub fn settled(&self) -> Option<u32> {
         let head = || self.entries.first_key_value().filter(|_| !self.policy.compares());
-        self.chosen.or_else(|| head().map(|(&key, _)| key)).map(|(_, place)| place.slot)
+        self.chosen.or_else(|| head().map(|(&key, _)| key)).map(|(_, waiter)| waiter.slot)
     }
 
     /// The oldest of `line`, among whom a choice is made.
-    fn window(&self, line: u32) -> impl Iterator<Item = (Place, &Entry)> {
-        let whole = self.entries.range((line, Place::FIRST)..);
-        whole.take_while(move |((other, _), _)| *other == line).take(WINDOW).map(|(&(_, place), entry)| (place, entry))
+    fn window(&self, line: u32) -> impl Iterator<Item = (Waiter, &Entry)> {
+        let whole = self.entries.range((line, FIRST)..);
+        whole
+            .take_while(move |((other, _), _)| *other == line)
+            .take(WINDOW)
+            .map(|(&(_, waiter), entry)| (waiter, entry))
     }
 
     /// Appends the slots whose costs are most out of date, as many as may be looked at in this step. None where there is
@@ -174,42 +167,42 @@ impl Queue {
     pub fn stalest(&mut self, slots: &mut Vec<u32>) {
         let Some(line) = self.turns.next() else { return };
         let mut window = std::mem::take(&mut self.scratch);
-        window.extend(self.window(line).map(|(place, entry)| (entry.looked, place)));
+        window.extend(self.window(line).map(|(waiter, entry)| (entry.looked, waiter)));
         let count = if window.len() > 1 { self.looks_left.min(window.len()) } else { 0 };
         window.sort_unstable();
-        slots.extend(window.drain(..).take(count).map(|(_, place)| place.slot));
+        slots.extend(window.drain(..).take(count).map(|(_, waiter)| waiter.slot));
         self.looks_left -= count;
         self.scratch = window;
     }
 
     /// What a look at the cache found.
-    pub fn saw(&mut self, tenant: TenantId, place: Place, waiting: &Waiting) {
+    pub fn saw(&mut self, tenant: TenantId, waiter: Waiter, waiting: &Waiting) {
         self.num_looks += 1;
         let (cost, looked) = (self.policy.cost(waiting), self.num_looks);
-        let entry = self.entries.get_mut(&(self.line(tenant), place)).expect("who is looked at waits");
+        let entry = self.entries.get_mut(&(self.line(tenant), waiter)).expect("who is looked at waits");
         (entry.cost, entry.looked) = (cost, looked);
     }
 
     /// Who comes next as far as is known now. O(`WINDOW`).
     pub fn best(&mut self) -> Option<u32> {
         let line = self.turns.next()?;
-        let urgency = |place: Place, entry: &Entry| {
+        let urgency = |waiter: Waiter, entry: &Entry| {
             let left = u64::from(self.max_passes.saturating_sub(entry.passes));
-            (left > 0, entry.cost.saturating_mul(left), place)
+            (left > 0, entry.cost.saturating_mul(left), waiter)
         };
-        let best = self.window(line).map(|(place, entry)| urgency(place, entry)).min();
-        best.map(|(.., place)| place.slot)
+        let best = self.window(line).map(|(waiter, entry)| urgency(waiter, entry)).min();
+        best.map(|(.., waiter)| waiter.slot)
     }
 
     /// Keeps to the best one until it leaves: whoever is older in its line has been passed.
-    pub fn choose(&mut self, tenant: TenantId, place: Place) {
+    pub fn choose(&mut self, tenant: TenantId, waiter: Waiter) {
         let line = self.line(tenant);
-        if !self.policy.compares() || self.chosen == Some((line, place)) {
+        if !self.policy.compares() || self.chosen == Some((line, waiter)) {
             return;
         }
         assert!(self.chosen.is_none(), "whoever was chosen stays chosen");
-        self.pass_older(tenant, place);
-        self.chosen = Some((line, place));
+        self.pass_older(tenant, waiter);
+        self.chosen = Some((line, waiter));
     }
 
     /// Checks what the header promises; panics with a sentence.
@@ -223,7 +216,7 @@ impl Queue {
         if let Some(chosen) = self.chosen {
             assert!(self.entries.contains_key(&chosen), "{chosen:?} was chosen and waits");
         }
-        self.turns.audit(self.entries.keys().map(|&(line, place)| (line, place.rank)));
+        self.turns.audit(self.entries.keys().map(|&(line, waiter)| (line, waiter.rank)));
     }
 }
 
@@ -231,36 +224,37 @@ impl Queue {
 mod tests {
     use super::*;
     use crate::config::PolicyKind;
+    use crate::sequence::Rank;
 
     /// The same order, from a list that is searched from end to end each time.
     #[derive(Default)]
     struct Naive {
-        /// Line, place, passes, cost, last look.
-        waiting: Vec<(u32, Place, u32, u64, u64)>,
+        /// Line, waiter, passes, cost, last look.
+        waiting: Vec<(u32, Waiter, u32, u64, u64)>,
         /// When it is due, its number, whose it is.
         tickets: Vec<(Rank, usize, u32)>,
         num_tickets: usize,
         num_looks: u64,
         looks_left: usize,
-        chosen: Option<(u32, Place)>,
+        chosen: Option<(u32, Waiter)>,
     }
 
     impl Naive {
-        fn insert(&mut self, line: u32, place: Place, cost: u64) {
-            self.waiting.push((line, place, 0, cost, 0));
-            self.tickets.push((place.rank, self.num_tickets, line));
+        fn insert(&mut self, line: u32, waiter: Waiter, cost: u64) {
+            self.waiting.push((line, waiter, 0, cost, 0));
+            self.tickets.push((waiter.rank, self.num_tickets, line));
             self.num_tickets += 1;
         }
 
-        fn leave(&mut self, line: u32, place: Place, due: Rank) {
-            self.waiting.retain(|&(_, other, ..)| other != place);
+        fn leave(&mut self, line: u32, waiter: Waiter, due: Rank) {
+            self.waiting.retain(|&(_, other, ..)| other != waiter);
             self.tickets.sort_unstable();
             let at = self.tickets.iter().position(|&(rank, _, owner)| owner == line && rank >= due).expect("a ticket");
             self.tickets.remove(at);
-            self.chosen = self.chosen.filter(|&(_, chosen)| chosen != place);
+            self.chosen = self.chosen.filter(|&(_, chosen)| chosen != waiter);
         }
 
-        fn pick(&mut self, compares: bool, max_passes: u32, cost: impl Fn(u32) -> u64) -> Option<(u32, Place)> {
+        fn pick(&mut self, compares: bool, max_passes: u32, cost: impl Fn(u32) -> u64) -> Option<(u32, Waiter)> {
             if self.chosen.is_some() {
                 return self.chosen;
             }
@@ -283,9 +277,9 @@ mod tests {
             let overdue = window.iter().copied().find(|&at| self.waiting[at].2 >= max_passes);
             let aged = |&at: &usize| self.waiting[at].3 * u64::from(max_passes.saturating_sub(self.waiting[at].2));
             let best = overdue.or_else(|| window.iter().copied().min_by_key(aged)).expect("its line's turn");
-            let place = self.waiting[best].1;
-            self.waiting.iter_mut().filter(|entry| entry.0 == line && entry.1 < place).for_each(|entry| entry.2 += 1);
-            self.chosen = Some((line, place));
+            let waiter = self.waiting[best].1;
+            self.waiting.iter_mut().filter(|entry| entry.0 == line && entry.1 < waiter).for_each(|entry| entry.2 += 1);
+            self.chosen = Some((line, waiter));
             self.chosen
         }
     }
@@ -315,24 +309,24 @@ mod tests {
         let mut queue = Queue::new(&config(policy, max_passes));
         let (mut naive, mut num_passes) = (Naive::default(), 0);
         let compares = queue.policy.compares();
-        let mut left: Vec<(u32, Place)> = Vec::new();
+        let mut left: Vec<(u32, Waiter)> = Vec::new();
         for time in 0..400u64 {
             let (slot, tenant) = (time as u32, draw(&mut state, 3) as u32);
             let (line, priority) = (queue.line(TenantId(tenant)), draw(&mut state, 3) as i32);
             if draw(&mut state, 100) < 55 {
                 let rank = (queue.rank(time, priority), time);
-                let (line, place) = match left.pop().filter(|_| draw(&mut state, 4) == 0) {
-                    Some((line, place)) => (line, place), // Comes back at its old rank.
-                    None => (line, Place { rank, choice: 0, slot }),
+                let (line, waiter) = match left.pop().filter(|_| draw(&mut state, 4) == 0) {
+                    Some((line, waiter)) => (line, waiter), // Comes back at its old rank.
+                    None => (line, Waiter { rank, choice: 0, slot }),
                 };
-                let known = found(place.slot, time).known;
-                queue.insert(TenantId(line), place, known);
-                naive.insert(line, place, queue.policy.cost(&Waiting { known, ..Waiting::default() }));
+                let known = found(waiter.slot, time).known;
+                queue.insert(TenantId(line), waiter, known);
+                naive.insert(line, waiter, queue.policy.cost(&Waiting { known, ..Waiting::default() }));
             }
             if draw(&mut state, 100) < 5 && !naive.waiting.is_empty() {
-                let (line, place, ..) = naive.waiting[draw(&mut state, naive.waiting.len() as u64) as usize];
-                assert!(queue.remove(TenantId(line), place) && !queue.remove(TenantId(line), place));
-                naive.leave(line, place, place.rank);
+                let (line, waiter, ..) = naive.waiting[draw(&mut state, naive.waiting.len() as u64) as usize];
+                assert!(queue.remove(TenantId(line), waiter) && !queue.remove(TenantId(line), waiter));
+                naive.leave(line, waiter, waiter.rank);
             }
             queue.begin_step();
             naive.looks_left = LOOKS_PER_STEP;
@@ -347,14 +341,14 @@ mod tests {
                     queue.best()
                 });
                 let picked = naive.pick(compares, max_passes, |slot| queue.policy.cost(&found(slot, time)));
-                assert_eq!(slot, picked.map(|(_, place)| place.slot), "{policy:?}, seed {seed}, time {time}");
-                let Some((line, place)) = picked else { break };
-                queue.choose(TenantId(line), place);
+                assert_eq!(slot, picked.map(|(_, waiter)| waiter.slot), "{policy:?}, seed {seed}, time {time}");
+                let Some((line, waiter)) = picked else { break };
+                queue.choose(TenantId(line), waiter);
                 if draw(&mut state, 100) < 70 {
-                    num_passes += naive.waiting.iter().filter(|entry| entry.0 == line && entry.1 < place).count();
-                    queue.admit(TenantId(line), place);
-                    naive.leave(line, place, (i64::MIN, 0));
-                    left.push((line, place));
+                    num_passes += naive.waiting.iter().filter(|entry| entry.0 == line && entry.1 < waiter).count();
+                    queue.admit(TenantId(line), waiter);
+                    naive.leave(line, waiter, (i64::MIN, 0));
+                    left.push((line, waiter));
                 }
                 queue.audit();
             }
@@ -374,20 +368,20 @@ mod tests {
     #[test]
     fn a_line_gets_no_turn_by_sending_in_requests_and_withdrawing_them() {
         let mut queue = Queue::new(&config(PolicyKind::CacheAware, 64));
-        let place = |at: i64| Place { rank: (at, at as u64), choice: 0, slot: at as u32 };
-        queue.insert(TenantId(0), place(0), 50);
+        let waiter = |at: i64| Waiter { rank: (at, at as u64), choice: 0, slot: at as u32 };
+        queue.insert(TenantId(0), waiter(0), 50);
         for at in 1..4 {
-            queue.insert(TenantId(0), place(at), 5);
+            queue.insert(TenantId(0), waiter(at), 5);
         }
-        queue.insert(TenantId(1), place(4), 50);
-        queue.insert(TenantId(0), place(5), 50);
-        queue.admit(TenantId(0), place(3)); // By the ticket of the oldest.
-        queue.remove(TenantId(0), place(0)); // Its own is used up: the next one goes.
-        queue.remove(TenantId(0), place(1));
+        queue.insert(TenantId(1), waiter(4), 50);
+        queue.insert(TenantId(0), waiter(5), 50);
+        queue.admit(TenantId(0), waiter(3)); // By the ticket of the oldest.
+        queue.remove(TenantId(0), waiter(0)); // Its own is used up: the next one goes.
+        queue.remove(TenantId(0), waiter(1));
         let turns = std::iter::from_fn(|| {
             let slot = queue.best()?;
             let tenant = TenantId(u32::from(slot == 4));
-            queue.admit(tenant, place(slot.into()));
+            queue.admit(tenant, waiter(slot.into()));
             queue.audit();
             Some(slot)
         });

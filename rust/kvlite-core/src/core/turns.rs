@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use super::service::Service;
-use crate::sched::policy::Turn;
+use crate::sched::policy::Lines;
 use crate::sequence::Rank;
 
 /// One way of taking turns.
@@ -20,11 +20,11 @@ pub(super) enum Turns {
 
 impl Turns {
     /// `max_lines`: lines that the accounts of service remember.
-    pub fn new(turn: Turn, max_lines: usize) -> Turns {
-        match turn {
-            Turn::Common => Turns::Common { waiting: 0 },
-            Turn::ByArrival => Turns::ByArrival(Tickets::default()),
-            Turn::LeastServed => Turns::LeastServed(Service::new(max_lines)),
+    pub fn new(lines: Lines, max_lines: usize) -> Turns {
+        match lines {
+            Lines::Common => Turns::Common { waiting: 0 },
+            Lines::ByArrival => Turns::ByArrival(Tickets::default()),
+            Lines::LeastServed => Turns::LeastServed(Service::new(max_lines)),
         }
     }
 

@@ -4,21 +4,21 @@
 //! anew when it is admitted. Called by whatever moves sequences, and by `admit.rs` for the next candidate.
 
 use super::Core;
-use super::queue::Place;
+use crate::ids::Waiter;
 use crate::sched::policy::Waiting;
 use crate::sequence::Sequence;
 
 impl Sequence {
     /// Where it stands in the queue, in slot `slot`.
-    pub(super) fn place(&self, slot: u32) -> Place {
-        Place { rank: self.rank, choice: self.choice, slot }
+    pub(super) fn waiter(&self, slot: u32) -> Waiter {
+        Waiter { rank: self.rank, choice: self.choice, slot }
     }
 }
 
 impl Core {
     pub(super) fn join_queue(&mut self, slot: u32) {
         let seq = &self.seqs[slot as usize];
-        self.queue.insert(seq.tenant(), seq.place(slot), seq.tokens.len() as u32);
+        self.queue.insert(seq.tenant(), seq.waiter(slot), seq.tokens.len() as u32);
         self.arrange_arrival(slot);
         self.watch(slot);
     }
@@ -26,7 +26,7 @@ impl Core {
     /// Without having been admitted; nothing happens if it is outside the queue.
     pub(super) fn leave_queue(&mut self, slot: u32) {
         let seq = &self.seqs[slot as usize];
-        self.queue.remove(seq.tenant(), seq.place(slot));
+        self.queue.remove(seq.tenant(), seq.waiter(slot));
         self.arrange_departure(slot);
         self.unwatch(slot);
     }
@@ -45,7 +45,7 @@ impl Core {
         for slot in slots.drain(..) {
             let waiting = self.look(slot);
             let seq = &self.seqs[slot as usize];
-            self.queue.saw(seq.tenant(), seq.place(slot), &waiting);
+            self.queue.saw(seq.tenant(), seq.waiter(slot), &waiting);
         }
         self.scratch_looks = slots;
         self.queue.best()

@@ -1,23 +1,18 @@
-//! Who of those that wait is watched by the cache: the first `MAX_WATCHED` turns, so that eviction knows what they will hit.
+//! Who of those that wait is watched by the cache: the first `MAX_WATCHED` waiters, so that eviction knows what they will hit.
 //!
-//! Owns the turns beyond these. Must not know blocks: the cache parks and follows. Invariant: whoever waits and may hit is
-//! watched or beyond, and nobody beyond has a turn before one that is watched. Called by `waiting.rs` and `admit.rs`, and by who
+//! Owns the waiters beyond these. Must not know blocks: the cache parks and follows. Invariant: whoever waits and may hit is
+//! watched or beyond, and nobody beyond comes before one that is watched. Called by `waiting.rs` and `admit.rs`, and by who
 //! publishes blocks.
 
 use std::collections::BTreeSet;
 
 use super::Core;
 use super::recipes::Recipes;
-use crate::cache::{MAX_WATCHED, Turn};
-use crate::ids::{BlockId, Label, Lookup, Token};
+use crate::cache::MAX_WATCHED;
+use crate::ids::{BlockId, Label, Lookup, Token, Waiter};
 use crate::sequence::Sequence;
 
 impl Core {
-    fn turn(&self, slot: u32) -> Turn {
-        let (rank, choice) = self.seq(slot).order();
-        Turn { rank, choice, slot }
-    }
-
     fn is_watchable(&self, slot: u32) -> bool {
         self.config.enable_prefix_caching && self.request(self.seq(slot).request).use_cache
     }
@@ -27,58 +22,58 @@ impl Core {
         if !self.is_watchable(slot) {
             return;
         }
-        let turn = self.turn(slot);
+        let waiter = self.seq(slot).waiter(slot);
         if self.cache.num_watched() == MAX_WATCHED {
             let last = self.cache.last_watched().expect("somebody is watched");
-            self.beyond.insert(last.max(turn));
-            if last < turn {
+            self.beyond.insert(last.max(waiter));
+            if last < waiter {
                 return;
             }
             self.cache.unwatch(last);
         }
-        self.start_watching(turn);
+        self.start_watching(waiter);
     }
 
     /// It leaves, to run or for another reason; without effect when it was not in the queue.
     pub(super) fn unwatch(&mut self, slot: u32) {
-        let turn = self.turn(slot);
-        if self.cache.unwatch(turn) {
+        let waiter = self.seq(slot).waiter(slot);
+        if self.cache.unwatch(waiter) {
             if let Some(next) = self.beyond.pop_first() {
                 self.start_watching(next);
             }
         } else {
-            self.beyond.remove(&turn);
+            self.beyond.remove(&waiter);
         }
     }
 
-    fn start_watching(&mut self, turn: Turn) {
-        let (lookup, tokens) = may_hit(&self.seqs, &self.recipes, self.config.block_size, turn);
-        self.cache.watch(turn, lookup, tokens);
+    fn start_watching(&mut self, waiter: Waiter) {
+        let (lookup, tokens) = may_hit(&self.seqs, &self.recipes, self.config.block_size, waiter);
+        self.cache.watch(waiter, lookup, tokens);
     }
 
     /// After a block came into the tree: whoever waits for it, wants it.
     pub(super) fn follow(&mut self, block: BlockId) {
         let (seqs, recipes, block_size) = (&self.seqs, &self.recipes, self.config.block_size);
-        self.cache.follow(block, |turn| may_hit(seqs, recipes, block_size, turn));
+        self.cache.follow(block, |waiter| may_hit(seqs, recipes, block_size, waiter));
     }
 
     /// Checks the header's invariant.
     pub(super) fn audit_watched(&self) {
-        let watched: BTreeSet<Turn> = self.cache.watched().map(|(turn, _)| turn).collect();
+        let watched: BTreeSet<Waiter> = self.cache.watched().map(|(waiter, _)| waiter).collect();
         let (last, first_beyond) = (watched.last(), self.beyond.first());
         assert!(first_beyond.is_none_or(|first| last < Some(first)), "{first_beyond:?} is not watched, {last:?} is");
         assert!(self.beyond.is_empty() || watched.len() == MAX_WATCHED, "some could be watched and are not");
         let waiting = self.queue.slots().filter(|&slot| self.is_watchable(slot));
-        let expected: BTreeSet<Turn> = waiting.map(|slot| self.turn(slot)).collect();
-        let known: BTreeSet<Turn> = watched.union(&self.beyond).copied().collect();
+        let expected: BTreeSet<Waiter> = waiting.map(|slot| self.seq(slot).waiter(slot)).collect();
+        let known: BTreeSet<Waiter> = watched.union(&self.beyond).copied().collect();
         assert_eq!(known, expected, "whoever waits and may hit is watched or beyond");
     }
 }
 
 /// What a waiting sequence may hit: one token at least is left to compute. A blend is sure of exact blocks alone until it has
 /// its recipe.
-fn may_hit<'a>(seqs: &'a [Sequence], recipes: &Recipes, block_size: u32, turn: Turn) -> (Lookup, &'a [Token]) {
-    let seq = &seqs[turn.slot as usize];
+fn may_hit<'a>(seqs: &'a [Sequence], recipes: &Recipes, block_size: u32, waiter: Waiter) -> (Lookup, &'a [Token]) {
+    let seq = &seqs[waiter.slot as usize];
     let recipe = seq.blend.as_ref().and_then(|blend| blend.recipe);
     let recipe = recipe.map(|number| (Label::recipe(number), recipes.get(number).first_block(block_size)));
     (Lookup { own: seq.label, recipe }, &seq.tokens[..seq.tokens.len() - 1])

@@ -15,7 +15,7 @@ pub const OUTPUT_WEIGHT: u64 = 2;
 
 /// Who takes turns with whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
+pub enum Lines {
     /// Nobody: all requests are one line.
     Common,
     /// Tenants, each as often and as early as its requests have come: whom a tenant sends in is its own affair.
@@ -53,8 +53,8 @@ pub trait Policy: Send + Sync {
     }
 
     /// Who takes turns.
-    fn turn(&self) -> Turn {
-        Turn::Common
+    fn lines(&self) -> Lines {
+        Lines::Common
     }
 
     /// Whether `cost` chooses among the requests of a turn; else the rank does, and the cache is not asked.
@@ -105,8 +105,8 @@ impl Policy for Priority {
 pub struct HitRate;
 
 impl Policy for HitRate {
-    fn turn(&self) -> Turn {
-        Turn::ByArrival
+    fn lines(&self) -> Lines {
+        Lines::ByArrival
     }
 
     fn compares(&self) -> bool {
@@ -126,8 +126,8 @@ impl Policy for HitRate {
 pub struct CacheAware;
 
 impl Policy for CacheAware {
-    fn turn(&self) -> Turn {
-        Turn::ByArrival
+    fn lines(&self) -> Lines {
+        Lines::ByArrival
     }
 
     fn compares(&self) -> bool {
@@ -150,8 +150,8 @@ impl Policy for CacheAware {
 pub struct Fair;
 
 impl Policy for Fair {
-    fn turn(&self) -> Turn {
-        Turn::LeastServed
+    fn lines(&self) -> Lines {
+        Lines::LeastServed
     }
 
     fn compares(&self) -> bool {

@@ -2,14 +2,15 @@
 
 use super::*;
 use kvlite_core::EvictionKind;
-use kvlite_core::cache::{MAX_WATCHED, Turn};
+use kvlite_core::Waiter;
+use kvlite_core::cache::MAX_WATCHED;
 
-fn turn(number: i64) -> Turn {
-    Turn { rank: (number, 0), choice: 0, slot: number as u32 }
+fn waiter(number: i64) -> Waiter {
+    Waiter { rank: (number, 0), choice: 0, slot: number as u32 }
 }
 
 fn watch(cache: &mut Cache, number: i64, tokens: &[Token]) {
-    cache.watch(turn(number), Lookup::exact(tenant(0)), tokens);
+    cache.watch(waiter(number), Lookup::exact(tenant(0)), tokens);
     cache.audit();
 }
 
@@ -94,10 +95,10 @@ fn a_prefix_that_several_wait_for_is_needed_when_the_first_of_them_is_served() {
         watch(&mut cache, number, &text(first, 1));
     }
     assert_eq!(cache.victim(), Some(other));
-    assert!(cache.unwatch(turn(1)));
+    assert!(cache.unwatch(waiter(1)));
     cache.audit();
-    assert_eq!(cache.victim(), Some(shared), "turn 3 is later than turn 2");
-    assert!(cache.unwatch(turn(3)) && !cache.unwatch(turn(3)));
+    assert_eq!(cache.victim(), Some(shared), "waiter 3 is later than waiter 2");
+    assert!(cache.unwatch(waiter(3)) && !cache.unwatch(waiter(3)));
     assert_eq!(evicted(&mut cache, 2), [shared, other], "shared is wanted by nobody now");
 }
 
@@ -106,10 +107,10 @@ fn who_waits_is_followed_as_the_path_grows_and_a_tenant_wants_nothing_of_another
     let mut cache = Cache::new(&config(8));
     let tokens = text(1, 2);
     watch(&mut cache, 1, &tokens);
-    cache.watch(turn(2), Lookup::exact(tenant(1)), &tokens);
+    cache.watch(waiter(2), Lookup::exact(tenant(1)), &tokens);
     let path = publish(&mut cache, tenant(0), &tokens);
     for &block in &path {
-        cache.follow(block, |turn| (Lookup::exact(tenant(u32::from(turn.slot == 2))), &tokens));
+        cache.follow(block, |waiter| (Lookup::exact(tenant(u32::from(waiter.slot == 2))), &tokens));
         cache.audit();
     }
     assert!(cache.watched().map(|(_, at)| at).eq([Some(path[1]), None]));
@@ -119,9 +120,9 @@ fn who_waits_is_followed_as_the_path_grows_and_a_tenant_wants_nothing_of_another
 fn as_many_as_are_watched_may_wait_for_one_block() {
     let mut cache = Cache::new(&config(4));
     let block = remember(&mut cache, tenant(0), &text(1, 1))[0];
-    (0..MAX_WATCHED as i64).for_each(|number| cache.watch(turn(number), Lookup::exact(tenant(0)), &text(1, 1)));
-    assert_eq!((cache.num_watched(), cache.last_watched()), (MAX_WATCHED, Some(turn(MAX_WATCHED as i64 - 1))));
+    (0..MAX_WATCHED as i64).for_each(|number| cache.watch(waiter(number), Lookup::exact(tenant(0)), &text(1, 1)));
+    assert_eq!((cache.num_watched(), cache.last_watched()), (MAX_WATCHED, Some(waiter(MAX_WATCHED as i64 - 1))));
     assert_eq!(evicted(&mut cache, 1), [block]);
-    (0..MAX_WATCHED as i64).for_each(|number| assert!(cache.unwatch(turn(number))));
+    (0..MAX_WATCHED as i64).for_each(|number| assert!(cache.unwatch(waiter(number))));
     cache.audit();
 }

@@ -2,12 +2,11 @@
 
 use super::segments::ATTENTION_COST_TOKENS;
 use super::{Entry, Naive, Path};
-use kvlite_core::cache::Turn;
-use kvlite_core::{EvictionKind, Label, Lookup, Token};
+use kvlite_core::{EvictionKind, Label, Lookup, Token, Waiter};
 
 /// A waiting request that is watched.
 pub struct Watched {
-    pub turn: Turn,
+    pub waiter: Waiter,
     pub lookup: Lookup,
     pub tokens: Vec<Token>,
     /// The stored path that it was followed to.
@@ -73,11 +72,11 @@ impl Naive {
         let due = |entry: &Entry| (entry.stamp + entry.class * worth, entry.class);
         let first = unwanted.into_iter().min_by_key(|&at| due(&self.entries[at]));
         let is_end = |&at: &usize| self.children(&self.entries[at].path).iter().all(|child| child.on_host);
-        let first_turn = |&at: &usize| {
+        let first_waiter = |&at: &usize| {
             let here = self.watched.iter().filter(|watched| watched.path == self.entries[at].path);
-            here.map(|watched| watched.turn).min()
+            here.map(|watched| watched.waiter).min()
         };
-        first.or_else(|| wanted.into_iter().filter(is_end).max_by_key(first_turn))
+        first.or_else(|| wanted.into_iter().filter(is_end).max_by_key(first_waiter))
     }
 
     /// A block is on the device no more; what is known of it is remembered.

@@ -5,7 +5,8 @@ use super::naive::tiers::HostBlock;
 use super::naive::{Entry, Naive, Path};
 use super::segment_operations::EVICTED_FOR_BLOCKS;
 use super::{BlockId, BlockState, Label, Lookup, MAX_PARTIAL_CANDIDATES, Pair, TenantId, Token};
-use kvlite_core::cache::{Inserted, Turn};
+use kvlite_core::Waiter;
+use kvlite_core::cache::Inserted;
 
 impl Pair {
     pub fn tokens(&mut self, len: usize, vocab: u64) -> Vec<Token> {
@@ -215,24 +216,24 @@ impl Pair {
         let entry = Entry { path, block, users, released, born, stamp, uses, class, floor, on_host, host };
         self.naive.entries.push(entry);
         let watched = &self.naive.watched;
-        let asked = |turn| watched.iter().find(|one| one.turn == turn).expect("it is watched");
-        self.cache.follow(block, |turn| (asked(turn).lookup, &asked(turn).tokens));
+        let asked = |waiter| watched.iter().find(|one| one.waiter == waiter).expect("it is watched");
+        self.cache.follow(block, |waiter| (asked(waiter).lookup, &asked(waiter).tokens));
     }
 
     /// A request comes to wait.
     pub fn watch(&mut self) {
         let (lookup, tokens) = self.prompt();
         let rank = (self.random.below(4) as i64, 0);
-        self.num_turns += 1;
-        let turn = Turn { rank, choice: self.random.below(2) as u32, slot: self.num_turns };
-        self.cache.watch(turn, lookup, &tokens);
+        self.num_waiters += 1;
+        let waiter = Waiter { rank, choice: self.random.below(2) as u32, slot: self.num_waiters };
+        self.cache.watch(waiter, lookup, &tokens);
         if self.naive.regime.keeps_released {
             let (mut path, ..) = self.naive.longest_match(lookup, &tokens, usize::MAX);
             let size = self.naive.regime.block_size;
             while self.naive.position(&path).is_some_and(|at| self.naive.entries[at].on_host) {
                 path.truncate(path.len() - size);
             }
-            self.naive.watched.push(Watched { turn, lookup, tokens, path });
+            self.naive.watched.push(Watched { waiter, lookup, tokens, path });
         }
     }
 
@@ -240,7 +241,7 @@ impl Pair {
     pub fn unwatch(&mut self) {
         if !self.naive.watched.is_empty() {
             let at = self.random.index(self.naive.watched.len());
-            assert!(self.cache.unwatch(self.naive.watched[at].turn), "it was watched");
+            assert!(self.cache.unwatch(self.naive.watched[at].waiter), "it was watched");
             self.naive.unwatch(at);
         }
     }
