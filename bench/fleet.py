@@ -150,6 +150,7 @@ async def opened(
                     "enable_prefix_caching": engine == SOURCE,
                     "max_num_seqs": config.max_num_seqs,
                     "num_threads": 1,
+                    "deterministic": True,
                 },
                 max_inflight_bytes=1 << 40,
                 **dict.fromkeys(("reserve_s", "ack_s", "freeze_s", "silence_s"), PATIENCE_S),
