@@ -1,7 +1,7 @@
-"""The workloads of `offline`, what they ask for at least, and the least time that takes.
+"""The workloads of `offline`, what they ask for at least, and the least work that it takes.
 
 BatchLLM's shape (arXiv 2412.03594): requests that share a long prefix and have few tokens of their own, arriving in the
-worst order; and trees of prefixes with outputs of mixed lengths. Pure but for the limits that it is given.
+worst order; and trees of prefixes with outputs of mixed lengths. Pure.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from itertools import pairwise, takewhile
 from kvlite.models import ModelConfig
 
 from . import workloads
-from .limits import Limits, kv_bytes_per_token
+from .limits import products
 from .workloads import Job
 
 DEGREE, SHARED, OWN, DRAWN = 16, 2000, 200, 100
-LARGE_ROWS = 512
-"""Of a product that is bound by arithmetic."""
 BLOCK = 16
 """Tokens of one block of the cache, by default."""
 
@@ -51,18 +49,17 @@ class Groups:
             for group in range(self.num_groups)
         ]
 
-    def floor_s(self, limits: Limits, config: ModelConfig, computed: int, readers: int) -> float:
-        """The least time when so many prompt tokens are computed, and a step reads a prefix once for `readers`."""
+    def work(self, config: ModelConfig, computed: int, readers: int) -> tuple[float, float]:
+        """Floating-point operations for so many computed prompt tokens and what is drawn, and keys that decode steps
+        read, each prefix once for `readers`.
+        """
         drawn = self.num_jobs * self.drawn
-        weights = sum(p.num_weights * p.count for p in limits.products if p.name != "head")
+        weights = sum(p.num_weights * p.count for p in products(config) if p.name != "head")
         per_key = 4.0 * config.num_heads * config.head_dim * config.num_layers
         # A prompt's row sees half of the prompt on average, a drawn one all of it and half of what is drawn.
         seen = computed * (self.shared + self.own) / 2 + drawn * (self.shared + self.own + self.drawn / 2)
-        flops = 2.0 * weights * (computed + drawn) + per_key * seen
         read = drawn * (self.shared / readers + self.own + self.drawn / 2)
-        return (
-            flops / limits.flop_rate(LARGE_ROWS) + read * kv_bytes_per_token(config, limits.dtype) / limits.read_rate()
-        )
+        return 2.0 * weights * (computed + drawn) + per_key * seen, read
 
 
 def nested(num_trees: int, scale: float, vocab: int) -> list[Job]:

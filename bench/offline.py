@@ -5,8 +5,8 @@ and values once for all of them. So each way of serving costs at least: its comp
 through the linear layers and causal attention, at the rate of a large product; and the keys and values that decode
 steps read, at the rate of a bare read. `allowed` is the ratio of the two floors, apart over together; `x_roofline` is
 the measured gain over it. BatchLLM's shape, scaled: groups of 16, 2,000 shared and 200 own prompt tokens, 100 drawn;
-requests of a group never stand beside each other. The pool holds POOL_SHARE of the distinct tokens, as BatchLLM's
-did, so an order that does not look ahead evicts what it needs again.
+requests of a group never stand beside each other. The pool holds POOL_SHARE of the distinct tokens, less
+than the prefixes alone, so an order that does not look ahead evicts what it needs again.
 
 Ways, in turns, the same pool: `grouped` is what `Engine.generate` of a list and `kvlite batch` do; `ungrouped` admits
 in order of arrival, reads each prefix for each request, and has the limits of a server. `saving_share` is the prompt
@@ -49,9 +49,11 @@ from .report import finish, origin
 from .targets import TARGETS, Launch, free_port, running
 from .workloads import Job
 
-POOL_SHARE = 0.4
+POOL_SHARE = 0.2
 AGREE_SHARE = 0.75
 PEER_REQUESTS = 8
+LARGE_ROWS = 512
+"""Of a product that is bound by arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,15 @@ def groups_figures(directory: Path, options: argparse.Namespace) -> dict[str, An
     x_ungrouped = gain(runs, "grouped", "ungrouped")
     limits = Limits(config, torch_dtype(options.dtype), options.threads, options.budget_s)
     apart = count.prompt - int(median(runs["ungrouped"], lambda run: run.cached))
-    least = groups.floor_s(limits, config, count.distinct, groups.degree)
-    allowed = groups.floor_s(limits, config, apart, 1) / least
+    # Measured once: a floor over another must not depend on which was asked for first.
+    flop_rate, key_rate = limits.flop_rate(LARGE_ROWS), limits.read_rate() / kv_bytes_per_token(config, limits.dtype)
+
+    def floor_s(computed: int, readers: int) -> float:
+        flops, keys = groups.work(config, computed, readers)
+        return flops / flop_rate + keys / key_rate
+
+    least = floor_s(count.distinct, groups.degree)
+    allowed = floor_s(apart, 1) / least
     seconds = median(runs["grouped"], lambda run: run.seconds)
     rate = count.drawn / seconds
     figures: dict[str, Any] = {
