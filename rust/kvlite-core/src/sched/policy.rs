@@ -145,7 +145,7 @@ impl Policy for CacheAware {
 /// counted at admission, and `OUTPUT_WEIGHT` per output token; who comes back starts level with those who wait, so idleness
 /// earns nothing. A tenant's own order is the cache-aware one (DLPM, arXiv 2501.14312), because what it saves is its own
 /// service. Waiting bounds: `max_passes` later requests of the same tenant; the service of two tenants while both wait
-/// differs by at most twice the largest that is charged between two turns (VTC, theorem 4.4); and a tenant that is ahead by
+/// differs by at most twice the largest that is charged between two turns (VTC); and a tenant that is ahead by
 /// d tokens waits for at most d and one request more per other tenant, newcomers included (`core::service`).
 pub struct Fair;
 
