@@ -158,8 +158,6 @@ struct Known {
     released: u64,
     /// Of labels and tokens of the whole path.
     fingerprint: u32,
-    /// Blocks above it.
-    depth: u32,
     /// See [`Standing::uses`].
     uses: u8,
     /// Its class is at least this, for the sake of children that were released before it.
@@ -207,8 +205,7 @@ impl Evictor {
             self.came_back(u64::from((self.num_releases as u32).wrapping_sub(until)));
         }
         let uses = past.map_or(0, |(uses, _)| uses).saturating_add(1);
-        let depth = above.map_or(0, |above| above.depth + 1);
-        self.known[block as usize] = Known { uses, fingerprint, depth, ..Known::default() };
+        self.known[block as usize] = Known { uses, fingerprint, ..Known::default() };
     }
 
     /// `block`, which was cached, is in use again.
@@ -236,10 +233,10 @@ impl Evictor {
         self.num_releases += 1;
     }
 
-    /// `block` is cached and unwanted from now on. Of its children all that are cached were released before it.
-    pub(super) fn released(&mut self, block: u32, parent: Option<u32>) {
+    /// `block`, with `depth` blocks above it, is cached and unwanted from now on. Of its children all that are cached were
+    /// released before it.
+    pub(super) fn released(&mut self, block: u32, parent: Option<u32>, depth: u32) {
         let known = &mut self.known[block as usize];
-        let depth = known.depth;
         let relative_depth = u64::from(depth) * u64::from(self.block_size) / u64::from(self.attention_cost_tokens);
         let standing = Standing { uses: known.uses, depth, relative_depth: relative_depth as u32 };
         let class = self.policy.class(standing).max(known.floor.into());

@@ -161,7 +161,7 @@ impl Cache {
     }
 
     /// Publishes an owned block, whose KV a completed plan has written, as `tokens` below `parent` (a block that the caller protects;
-    /// none: the root). The label says what the KV is; labels waiter from public to own and from exact to a recipe's on the way
+    /// none: the root). The label says what the KV is; labels turn from public to own and from exact to a recipe's on the way
     /// down, never back.
     ///
     /// `New`: the caller's use goes on as a pin of `block`, which protects `parent`; so the caller unpins `parent` next.
@@ -267,7 +267,7 @@ impl Cache {
     /// Drops every cached block of both tiers, segments' too; what is in use or pinned stays. O(cached blocks).
     pub fn clear(&mut self) {
         while let Some(victim) = self.next_victim() {
-            self.drop_cached(victim);
+            self.evict(victim);
         }
         self.clear_host();
         self.clear_segments();
@@ -325,15 +325,6 @@ impl Cache {
     /// What nobody waits for, in the policy's order; then what is needed last.
     fn next_victim(&self) -> Option<u32> {
         self.evictor.victim().or_else(|| self.wants.victim())
-    }
-
-    fn drop_cached(&mut self, block: u32) {
-        let parent = self.tree.parent(block);
-        self.take_from_order(block);
-        self.drop_block(block);
-        if let Some(parent) = parent {
-            self.lost_child(parent);
-        }
     }
 
     /// Forgets a block that is in the tree and in nobody's use, and what lies on the host below it.

@@ -128,9 +128,9 @@ impl Tree {
         self.links[block as usize].parent.as_block()
     }
 
-    /// Tokens of the path above `block`, which is in the tree.
-    pub(super) fn depth_tokens(&self, block: u32) -> usize {
-        self.links[block as usize].depth as usize * self.block_size
+    /// Blocks above `block`, which is in the tree.
+    pub(super) fn depth(&self, block: u32) -> u32 {
+        self.links[block as usize].depth
     }
 
     pub(super) fn tokens(&self, block: u32) -> &[Token] {

@@ -194,8 +194,8 @@ impl Cache {
 
     /// A token at depth d costs 1 + d / attention_cost_tokens of one at the beginning.
     fn is_worth_a_copy(&self, block: u32) -> bool {
-        let (attention, depth) = (self.host.attention_cost_tokens, self.tree.depth_tokens(block) as u64);
-        let recompute = self.tree.block_size() as u64 * (attention + depth);
+        let (attention, block_size) = (self.host.attention_cost_tokens, self.tree.block_size() as u64);
+        let recompute = block_size * (attention + u64::from(self.tree.depth(block)) * block_size);
         recompute > self.host.swap_cost_tokens * attention || self.tree.children(block).next().is_some()
     }
 

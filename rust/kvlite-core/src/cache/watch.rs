@@ -88,7 +88,7 @@ impl Cache {
             .map(|(waiter, watcher)| (waiter, self.wants.block_of(watcher).map(|at| self.pool.name(at))))
     }
 
-    /// Wants waiter up the path as far as it was not wanted before.
+    /// Wants turn up the path as far as it was not wanted before.
     fn add_want(&mut self, block: u32) {
         let mut at = block;
         while self.wants.add(at) {
@@ -109,7 +109,7 @@ impl Cache {
         while self.wants.drop(at) {
             let parent = self.tree.parent(at);
             if self.pool.state(at) == BlockState::Cached {
-                self.evictor.released(at, parent);
+                self.evictor.released(at, parent, self.tree.depth(at));
             }
             let Some(parent) = parent else { break };
             at = parent;
@@ -119,7 +119,7 @@ impl Cache {
     /// A block of the tree has lost its last use: it comes into the order that it belongs to.
     pub(super) fn rest(&mut self, block: u32) {
         if !self.wants.is_wanted(block) {
-            return self.evictor.released(block, self.tree.parent(block));
+            return self.evictor.released(block, self.tree.parent(block), self.tree.depth(block));
         }
         self.evictor.put_by(block);
         if self.is_end(block) {

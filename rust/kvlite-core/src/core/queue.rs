@@ -76,7 +76,7 @@ impl Queue {
         self.entries.keys().map(|&(_, waiter)| waiter.slot)
     }
 
-    /// Whether a sequence waits at this waiter.
+    /// Whether this one waits.
     pub fn holds(&self, tenant: TenantId, waiter: Waiter) -> bool {
         self.entries.contains_key(&(self.line(tenant), waiter))
     }

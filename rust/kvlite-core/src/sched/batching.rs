@@ -13,6 +13,7 @@ use std::cmp::Ordering;
 
 use rustc_hash::FxHashMap;
 
+use super::common_len;
 use crate::ids::{Label, Token};
 
 /// Prompts that share this prefix, as `Batching::homes` names it.
@@ -256,16 +257,6 @@ fn path<'a>(keys: &'a [u64], prompts: &[Prompt], prompt: u32) -> &'a [u64] {
 fn mix(state: u64, token: Token) -> u64 {
     let mixed = (state.rotate_left(5) ^ u64::from(token as u32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed ^ mixed >> 32
-}
-
-/// Leading blocks that two paths share. Equal keys mean equal beginnings, so this is a binary search.
-fn common_len(a: &[u64], b: &[u64]) -> usize {
-    let (mut shared, mut limit) = (0, a.len().min(b.len()));
-    while shared < limit {
-        let middle = limit - (limit - shared) / 2;
-        if a[middle - 1] == b[middle - 1] { shared = middle } else { limit = middle - 1 }
-    }
-    shared
 }
 
 #[cfg(test)]

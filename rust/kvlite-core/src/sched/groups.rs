@@ -14,6 +14,7 @@
 //! sequence which its neighbours' group leaves out can join one further up. O(n log n) comparisons of O(log blocks), and one
 //! step for every pair of a node and a node above it. Called by `core::schedule`.
 
+use super::common_len;
 use crate::ids::BlockId;
 
 /// Sequences that share their first blocks.
@@ -241,16 +242,6 @@ impl Groups {
             }
         }
     }
-}
-
-/// Leading blocks that two paths share. A block has one path above it, so they share all before a shared one.
-fn common_len(a: &[BlockId], b: &[BlockId]) -> usize {
-    let (mut shared, mut limit) = (0, a.len().min(b.len()));
-    while shared < limit {
-        let middle = limit - (limit - shared) / 2;
-        if a[middle - 1] == b[middle - 1] { shared = middle } else { limit = middle - 1 }
-    }
-    shared
 }
 
 #[cfg(test)]

@@ -153,6 +153,17 @@ pub fn victim(candidates: impl Iterator<Item = Candidate>) -> Option<Candidate> 
     candidates.min_by_key(|candidate| (candidate.computed, usize::MAX - candidate.position))
 }
 
+/// How many entries two paths have in common, where an entry names all before it: equal at one place, they are equal up to
+/// there. O(log length).
+fn common_len<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+    let (mut shared, mut limit) = (0, a.len().min(b.len()));
+    while shared < limit {
+        let middle = limit - (limit - shared) / 2;
+        if a[middle - 1] == b[middle - 1] { shared = middle } else { limit = middle - 1 }
+    }
+    shared
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
