@@ -211,7 +211,8 @@ impl Layout {
 /// Fills one arena in place. Counts live here and go to the header in `seal`.
 pub struct PlanWriter<'a> {
     layout: &'a Layout,
-    arena: &'a mut [i32],
+    /// The arena, cut into its regions once: a write then needs no offset and one check.
+    regions: [&'a mut [i32]; NUM_REGIONS],
     counts: [usize; NUM_REGIONS],
     num_tokens: usize,
     num_seqs: usize,
@@ -221,10 +222,16 @@ impl<'a> PlanWriter<'a> {
     /// Starts a plan over `arena` (`layout.len()` integers). The inputs of the plan that was there are cleared.
     pub fn new(layout: &'a Layout, arena: &'a mut [i32]) -> PlanWriter<'a> {
         assert_eq!(arena.len(), layout.len(), "step checks the arena's length");
-        arena[layout.offset(Region::DonePlanId)] = 0;
-        arena[layout.offset(Region::Status)] = 0;
-        arena[layout.offset(Region::QueryStart)] = 0;
-        PlanWriter { layout, arena, counts: [0; NUM_REGIONS], num_tokens: 0, num_seqs: 0 }
+        let mut rest = arena;
+        let regions = layout.regions.each_ref().map(|spec| {
+            let (region, behind) = std::mem::take(&mut rest).split_at_mut(spec.rows * spec.cols);
+            rest = behind;
+            region
+        });
+        for region in [Region::DonePlanId, Region::Status, Region::QueryStart] {
+            regions[region as usize][0] = 0;
+        }
+        PlanWriter { layout, regions, counts: [0; NUM_REGIONS], num_tokens: 0, num_seqs: 0 }
     }
 
     /// Rows written so far.
@@ -247,16 +254,11 @@ impl<'a> PlanWriter<'a> {
     #[inline]
     pub fn token(&mut self, id: i32, position: u32, slot: u32, segment_slot: i32) {
         let at = self.num_tokens;
-        assert!(at < self.layout.rows(Region::TokenIds), "the token budget is checked before rows are written");
-        for (region, value) in [
-            (Region::TokenIds, id),
-            (Region::Positions, position as i32),
-            (Region::LastKey, position as i32),
-            (Region::SlotMapping, slot as i32),
-            (Region::SegmentSlot, segment_slot),
-        ] {
-            self.arena[self.layout.offset(region) + at] = value;
-        }
+        self.set(Region::TokenIds, at, id);
+        self.set(Region::Positions, at, position as i32);
+        self.set(Region::LastKey, at, position as i32);
+        self.set(Region::SlotMapping, at, slot as i32);
+        self.set(Region::SegmentSlot, at, segment_slot);
         self.num_tokens = at + 1;
     }
 
@@ -264,10 +266,9 @@ impl<'a> PlanWriter<'a> {
     #[inline]
     pub fn sequence(&mut self, seq_row: u32, context_len: u32) -> u32 {
         let at = self.num_seqs;
-        assert!(at < self.layout.rows(Region::SeqRow), "a row is scheduled once per plan");
-        self.arena[self.layout.offset(Region::SeqRow) + at] = seq_row as i32;
-        self.arena[self.layout.offset(Region::ContextLen) + at] = context_len as i32;
-        self.arena[self.layout.offset(Region::QueryStart) + at + 1] = self.num_tokens as i32;
+        self.set(Region::SeqRow, at, seq_row as i32);
+        self.set(Region::ContextLen, at, context_len as i32);
+        self.set(Region::QueryStart, at + 1, self.num_tokens as i32);
         self.num_seqs = at + 1;
         at as u32
     }
@@ -275,8 +276,12 @@ impl<'a> PlanWriter<'a> {
     /// Names sequences whose first `keys` keys are the same ones.
     pub fn prefix_group(&mut self, keys: u32, seqs: impl Iterator<Item = u32>) {
         let first = self.counts[Region::GroupSeqs as usize];
-        seqs.for_each(|seq| self.push(Region::GroupSeqs, [seq as i32]));
-        let count = self.counts[Region::GroupSeqs as usize] - first;
+        let mut count = 0;
+        for seq in seqs {
+            self.set(Region::GroupSeqs, first + count, seq as i32);
+            count += 1;
+        }
+        self.counts[Region::GroupSeqs as usize] = first + count;
         self.push(Region::PrefixGroup, [first as i32, count as i32, keys as i32]);
     }
 
@@ -285,7 +290,7 @@ impl<'a> PlanWriter<'a> {
     pub fn sample(&mut self, row: usize, seq_row: u32, kind: i32) -> u32 {
         let index = self.counts[Region::Sample as usize];
         self.push(Region::Sample, [row as i32, seq_row as i32, kind]);
-        self.arena[self.layout.offset(Region::Sampled) + index] = if kind == SAMPLE { -1 } else { 0 };
+        self.regions[Region::Sampled as usize][index] = if kind == SAMPLE { -1 } else { 0 };
         index as u32
     }
 
@@ -316,7 +321,7 @@ impl<'a> PlanWriter<'a> {
         let (first, len) = (self.counts[Region::Scored as usize], hull.len());
         assert!(len <= self.room(Region::Scored), "region scored is full: room() is asked first");
         self.counts[Region::Scored as usize] = first + len;
-        self.arena[self.layout.offset(Region::Scored) + 2 * first..][..2 * len].fill(0);
+        self.regions[Region::Scored as usize][2 * first..][..2 * len].fill(0);
         let row = [self.num_seqs, rows.start, rows.len(), hull.start as usize, hull.end as usize];
         let [seq, start, count, key_start, key_end] = row.map(|value| value as i32);
         self.push(Region::Score, [seq, start, count, key_start, key_end, method_id as i32, round as i32]);
@@ -328,10 +333,11 @@ impl<'a> PlanWriter<'a> {
         self.push(Region::Admitted, [handle, choice as i32, seq_row as i32, cause as i32, cached_len as i32]);
     }
 
-    /// Reports a committed token.
-    #[inline]
-    pub fn committed(&mut self, row: [i32; 3]) {
-        self.push(Region::Committed, row);
+    /// Reports committed tokens.
+    pub fn committed(&mut self, rows: &[[i32; 3]]) {
+        let (at, flat) = (self.counts[Region::Committed as usize], rows.as_flattened());
+        self.regions[Region::Committed as usize][3 * at..][..flat.len()].copy_from_slice(flat);
+        self.counts[Region::Committed as usize] = at + rows.len();
     }
 
     /// Reports an end.
@@ -359,15 +365,21 @@ impl<'a> PlanWriter<'a> {
         header[Header::NextWakeMs as usize] = next_wake_ms;
         header[Header::NumRunning as usize] = num_running as i32;
         header[Header::NumWaiting as usize] = num_waiting as i32;
-        self.arena[..HEADER_LEN].copy_from_slice(&header);
+        self.regions[Region::Header as usize].copy_from_slice(&header);
+    }
+
+    /// Panics past the region's end: callers check the budget of tokens before they write rows, and schedule a row once.
+    #[inline]
+    fn set(&mut self, region: Region, at: usize, value: i32) {
+        self.regions[region as usize][at] = value;
     }
 
     #[inline]
     fn push<const COLS: usize>(&mut self, region: Region, row: [i32; COLS]) {
-        let spec = &self.layout.regions[region as usize];
+        debug_assert_eq!(COLS, self.layout.region(region).cols, "columns of {region:?}");
         let at = self.counts[region as usize];
-        assert!(at < spec.rows && COLS == spec.cols, "region {} is full: room() is asked first", spec.name);
-        self.arena[spec.offset + at * COLS..][..COLS].copy_from_slice(&row);
+        let cells = self.regions[region as usize].as_chunks_mut().0.get_mut(at);
+        *cells.expect("the region is full: room() is asked first") = row;
         self.counts[region as usize] = at + 1;
     }
 }

@@ -22,16 +22,17 @@ impl Core {
         for hold in record.holds.drain(..) {
             self.let_go(hold, was_run);
         }
-        let sampled = &arena[self.layout.offset(Region::Sampled)..];
-        for entry in record.entries.drain(..) {
+        let [sampled, scored] = [Region::Sampled, Region::Scored].map(|region| &arena[self.layout.offset(region)..]);
+        for entry in &record.entries {
             let samples = &sampled[entry.first_sample as usize..][..entry.num_samples as usize];
-            self.commit_entry(entry, samples, &arena[self.layout.offset(Region::Scored)..], failed);
+            self.commit_entry(entry, samples, scored, failed);
         }
+        record.entries.clear();
         record.number = 0;
         self.records[idx] = record;
     }
 
-    fn commit_entry(&mut self, entry: PlanEntry, samples: &[i32], scored: &[i32], failed: bool) {
+    fn commit_entry(&mut self, entry: &PlanEntry, samples: &[i32], scored: &[i32], failed: bool) {
         let slot = entry.slot;
         let seq = &mut self.seqs[slot as usize];
         seq.outstanding -= 1;
@@ -53,7 +54,7 @@ impl Core {
             seq.committed_len = entry.len_after;
             seq.logprobs_len = seq.logprobs_len.max(entry.len_after.min(seq.prompt_len - 1));
             if seq.blend.is_some() {
-                self.commit_blend(entry, scored);
+                self.commit_blend(*entry, scored);
             }
             self.publish(slot);
         }

@@ -56,9 +56,9 @@ impl Core {
     pub(super) fn may_group(&mut self, slot: u32, rows: u32, index: u32) {
         let seq = &self.seqs[slot as usize];
         let shares = seq.tree_len >= self.grouping.unit && seq.blend.is_none() && seq.makes.is_none();
-        let in_flight = self.records[0].number.max(self.records[1].number);
-        let is_shown = seq.outstanding == 1 || seq.shown_by < in_flight; // By this plan alone, or before that one.
-        if rows <= MAX_ROWS && shares && is_shown && self.grouping.cost.is_some() {
+        let in_flight = || self.records[0].number.max(self.records[1].number);
+        let is_shown = || seq.outstanding == 1 || seq.shown_by < in_flight(); // By this plan alone, or before that one.
+        if rows <= MAX_ROWS && shares && self.grouping.cost.is_some() && is_shown() {
             self.grouping.members.push((slot, index));
         }
     }

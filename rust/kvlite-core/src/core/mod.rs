@@ -248,9 +248,8 @@ impl Core {
 
     /// Moves what has been committed and finished into the plan; ends beyond the region's capacity wait for the next.
     fn report(&mut self, plan: &mut PlanWriter<'_>) {
-        for row in self.out_committed.drain(..) {
-            plan.committed(row);
-        }
+        plan.committed(&self.out_committed);
+        self.out_committed.clear();
         let room = self.out_finished.len().min(plan.room(Region::Finished));
         for row in self.out_finished.drain(..room) {
             plan.finished(row);

@@ -3,6 +3,8 @@
 //! The only writer of `scheduled_len`, and the only place that preempts. A sequence is named at most once per plan.
 //! Called by `Core::step`, after commits and releases.
 
+use std::ops::Range;
+
 use super::{Core, Hold, PlanEntry, PlanRecord};
 use crate::plan::{CopyDirection, PROMPT_LOGPROB, PlanWriter, Region, SAMPLE};
 use crate::sched::{Budget, Candidate, victim};
@@ -18,13 +20,17 @@ impl Core {
             if seq.status() != Status::Running {
                 continue;
             }
-            if seq.is_blending() {
-                prefill.push(slot);
-                continue;
+            if let Some(blend) = &seq.blend {
+                if blend.is_active() {
+                    prefill.push(slot);
+                    continue;
+                }
+                if blend.unread > 0 {
+                    continue; // Its next repairs depend on them.
+                }
             }
             match seq.schedulable() {
                 0 => {}
-                _ if seq.blend.as_ref().is_some_and(|blend| blend.unread > 0) => {} // Its next repairs depend on them.
                 1 => self.schedule_decode(slot, plan, record),
                 _ => prefill.push(slot),
             }
@@ -49,10 +55,9 @@ impl Core {
     /// One token of a sequence whose other tokens are all planned: a decode, or the end of a prefill.
     fn schedule_decode(&mut self, slot: u32, plan: &mut PlanWriter<'_>, record: &mut PlanRecord) {
         let seq = self.seq(slot);
-        let (needs_block, source) =
-            (seq.scheduled_len as usize == seq.blocks.len() * self.config.block_size as usize, seq.tail_source);
+        let needs_block = seq.scheduled_len as usize == seq.blocks.len() * self.config.block_size as usize;
         let mut copied = false;
-        if let Some(source) = source {
+        if let Some(source) = seq.tail_source {
             let is_shared = |core: &Core| core.extra_owners[source.index as usize] > 0;
             if is_shared(self) && self.alloc_or_preempt(slot, record.number) {
                 let target = *self.seq(slot).blocks.last().expect("just allocated");
@@ -68,9 +73,11 @@ impl Core {
         } else if needs_block && !self.alloc_or_preempt(slot, record.number) {
             return;
         }
-        match &self.repairs(slot, plan)[..] {
-            [] => drop(self.emit(slot, 1, plan, record, copied)),
-            rows => self.emit_repairs(slot, rows, plan, record, copied),
+        let rows = if self.seq(slot).repairs() { self.repairs(slot, plan) } else { Vec::new() };
+        if rows.is_empty() {
+            self.emit(slot, 1, plan, record, copied);
+        } else {
+            self.emit_repairs(slot, &rows, plan, record, copied);
         }
     }
 
@@ -137,10 +144,43 @@ impl Core {
         let block_size = self.config.block_size;
         let seq = &self.seqs[slot as usize];
         let (start, end) = (seq.scheduled_len, seq.scheduled_len + len);
-        if !self.show(slot, end, plan, record, copied) {
+        let is_shown = end <= seq.table_len * block_size;
+        if !is_shown && !self.show(slot, end, plan, record, copied) {
             return false;
         }
-        let made = self.seqs[slot as usize].makes.map_or(&[][..], |id| self.cache.segment(id).blocks);
+        let seq = &self.seqs[slot as usize];
+        let (first_row, first_sample) = (plan.num_tokens(), plan.next_sample());
+        if len == 1 && seq.makes.is_none() {
+            let id = seq.tokens.get(start as usize).copied().unwrap_or(-1);
+            plan.token(id, start, seq.slot_at(start, block_size), -1);
+        } else {
+            self.write_rows(seq, start..end, plan);
+        }
+        let index = plan.sequence(seq.row, end);
+        if seq.choice == 0 && start + 1 < seq.prompt_len {
+            self.sample_prompt(seq, start..end, first_row, plan);
+        }
+        let seq = &mut self.seqs[slot as usize];
+        let draws = end == seq.total_len() && seq.makes.is_none();
+        if draws {
+            plan.sample(plan.num_tokens() - 1, seq.row, SAMPLE);
+            seq.samples_in_flight += 1;
+        }
+        seq.scheduled_len = end;
+        let computes_prompt_end = seq.choice == 0 && end == seq.prompt_len;
+        let num_samples = plan.next_sample() - first_sample;
+        Core::name(seq, record, PlanEntry { first_sample, num_samples, draws, ..PlanEntry::of(slot, end) });
+        self.may_group(slot, len, index);
+        if computes_prompt_end {
+            self.sample_forks(slot, plan.num_tokens() - 1, plan, record);
+        }
+        true
+    }
+
+    /// Rows of a prefill; those of a segment that is being made go there too.
+    fn write_rows(&self, seq: &Sequence, positions: Range<u32>, plan: &mut PlanWriter<'_>) {
+        let block_size = self.config.block_size;
+        let made = seq.makes.map_or(&[][..], |id| self.cache.segment(id).blocks);
         let made_start = self.config.canonical_prefix.len() as u32;
         let made_slot = |position: u32| match position.checked_sub(made_start) {
             Some(at) if !made.is_empty() => {
@@ -148,11 +188,8 @@ impl Core {
             }
             _ => -1,
         };
-        let seq = &mut self.seqs[slot as usize];
-        let mut entry = PlanEntry::of(slot, start);
-        let first_row = plan.num_tokens();
-        let (mut index, mut offset) = (start / block_size, start % block_size);
-        for position in start..end {
+        let (mut index, mut offset) = (positions.start / block_size, positions.start % block_size);
+        for position in positions {
             let id = seq.tokens.get(position as usize).copied().unwrap_or(-1);
             plan.token(id, position, seq.blocks[index as usize].index * block_size + offset, made_slot(position));
             offset += 1;
@@ -160,32 +197,16 @@ impl Core {
                 (index, offset) = (index + 1, 0);
             }
         }
-        let index = plan.sequence(seq.row, end);
-        entry.len_after = end;
-        entry.draws = end == seq.total_len() && seq.makes.is_none();
-        let row_of = |position: u32| first_row + (position - start) as usize;
-        entry.first_sample = plan.next_sample();
-        if start + 1 < seq.prompt_len && seq.choice == 0 {
-            let state = self.requests[seq.request as usize].as_ref().expect("a running sequence has its request");
-            if state.prompt_logprobs {
-                for position in start.max(seq.logprobs_len)..end.min(seq.prompt_len - 1) {
-                    plan.sample(row_of(position), seq.row, PROMPT_LOGPROB);
-                }
+    }
+
+    /// Asks for the log-probabilities of the prompt's tokens behind `positions`, whose rows begin at `first_row`, where the
+    /// request wants them and has not got them.
+    fn sample_prompt(&self, seq: &Sequence, positions: Range<u32>, first_row: usize, plan: &mut PlanWriter<'_>) {
+        if self.request(seq.request).prompt_logprobs {
+            for position in positions.start.max(seq.logprobs_len)..positions.end.min(seq.prompt_len - 1) {
+                plan.sample(first_row + (position - positions.start) as usize, seq.row, PROMPT_LOGPROB);
             }
         }
-        if entry.draws {
-            plan.sample(row_of(end - 1), seq.row, SAMPLE);
-            seq.samples_in_flight += 1;
-        }
-        entry.num_samples = plan.next_sample() - entry.first_sample;
-        seq.scheduled_len = end;
-        let computes_prompt_end = seq.choice == 0 && end == seq.prompt_len;
-        Core::name(seq, record, entry);
-        self.may_group(slot, len, index);
-        if computes_prompt_end {
-            self.sample_forks(slot, row_of(end - 1), plan, record);
-        }
-        true
     }
 
     /// Samples the last prompt row once more for every choice that waits for it.
