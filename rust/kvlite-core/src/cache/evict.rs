@@ -28,6 +28,9 @@ const MEAN_SHIFT: u32 = 10;
 /// The mean is kept in 1/2^this of a release.
 const FRACTION_BITS: u32 = 10;
 
+/// Blocks that may be gone before their pasts are written.
+const GONE_AT_ONCE: usize = 32;
+
 /// Fixed: what is remembered depends on nobody's secret, so the order is the same in every process.
 const FINGERPRINT_SEED: u64 = 0x2545_f491_4f6c_dd1d;
 
@@ -172,6 +175,9 @@ pub(super) struct Evictor {
     lists: Lists,
     known: Vec<Known>,
     past: Past,
+    /// Of blocks that are gone, in order, to be remembered before the past is asked: each is a cache miss, and in a row
+    /// they are under way at once instead of holding up one eviction each.
+    gone: Vec<Known>,
     hash: BlockHash,
     num_releases: u64,
     /// Mean releases between a block's release and its next use, counted in blocks that came back; at first the pool's size.
@@ -188,6 +194,7 @@ impl Evictor {
             lists: Lists::new(num_blocks, NUM_CLASSES),
             known: vec![Known::default(); num_blocks],
             past: Past::new(num_blocks),
+            gone: Vec::with_capacity(GONE_AT_ONCE),
             hash: BlockHash::new(FINGERPRINT_SEED),
             num_releases: 0,
             interval: u64::from(config.num_blocks) << FRACTION_BITS,
@@ -200,6 +207,7 @@ impl Evictor {
     pub(super) fn entered(&mut self, block: u32, parent: Option<u32>, label: Label, tokens: &[Token]) {
         let above = parent.map(|parent| self.known[parent as usize]);
         let fingerprint = self.hash.of(above.map_or(NONE, |above| above.fingerprint), label, tokens);
+        self.remember_gone();
         let past = self.past.recall(fingerprint);
         if let Some((_, until)) = past {
             self.came_back(u64::from((self.num_releases as u32).wrapping_sub(until)));
@@ -223,8 +231,16 @@ impl Evictor {
 
     /// `block` leaves the tree; its uses are remembered.
     pub(super) fn left(&mut self, block: u32) {
-        let known = self.known[block as usize];
-        self.past.remember(known.fingerprint, known.uses, known.released as u32);
+        self.gone.push(self.known[block as usize]);
+        if self.gone.len() == GONE_AT_ONCE {
+            self.remember_gone();
+        }
+    }
+
+    fn remember_gone(&mut self) {
+        for known in self.gone.drain(..) {
+            self.past.remember(known.fingerprint, known.uses, known.released as u32);
+        }
     }
 
     /// `block` is cached from now on, and wanted.
@@ -256,8 +272,17 @@ impl Evictor {
 
     /// The block to take next; none when there is no unwanted cached block.
     pub(super) fn victim(&self) -> Option<u32> {
-        let oldest = (0..NUM_CLASSES).filter_map(|class| self.lists.iter(class).next());
-        oldest.min_by_key(|&block| self.due(block))
+        let worth = self.class_worth();
+        let mut first = None;
+        for (class, end) in self.lists.ring[self.lists.num_blocks..].iter().enumerate() {
+            if let Some(known) = self.known.get(end.newer as usize) {
+                let due = known.released + class as u64 * worth;
+                if first.is_none_or(|(least, _)| due < least) {
+                    first = Some((due, end.newer));
+                }
+            }
+        }
+        first.map(|(_, block)| block)
     }
 
     /// Blocks in the order of these numbers are in the order of eviction.

@@ -27,6 +27,9 @@ pub const MAX_PARTIAL_CANDIDATES: usize = 8;
 /// The block size whose compare is inlined.
 const USUAL_BLOCK_SIZE: usize = 16;
 
+/// Few chains are longer than one: each block that is only walked past is a cache miss, on the way in and on the way out.
+const BUCKETS_PER_BLOCK: usize = 4;
+
 /// What a block hangs below: a block, or the root.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Parent(u32);
@@ -90,7 +93,7 @@ pub(super) struct Tree {
     /// Tokens of block `b` at `b * block_size`; meaningless while `b` is not in the tree.
     tokens: Vec<Token>,
     links: Vec<Link>,
-    /// First block of each chain; a power of two, at least one bucket per block.
+    /// First block of each chain; a power of two.
     buckets: Vec<u32>,
     hash: BlockHash,
     /// Blocks by recipe's label; what has none is not in it.
@@ -103,7 +106,7 @@ impl Tree {
             block_size,
             tokens: vec![0; num_blocks * block_size],
             links: vec![UNLINKED; num_blocks],
-            buckets: vec![NONE; num_blocks.next_power_of_two()],
+            buckets: vec![NONE; (num_blocks * BUCKETS_PER_BLOCK).next_power_of_two()],
             hash: BlockHash::new(seed),
             num_labelled: FxHashMap::default(),
         }
@@ -362,7 +365,8 @@ mod tests {
     #[test]
     fn blocks_with_one_hash_are_told_apart_by_their_tokens() {
         let mut tree = Tree::new(1, 2, 0);
-        tree.links.resize(9, UNLINKED); // nine blocks in the one bucket
+        tree.buckets.truncate(1); // nine blocks in the one bucket
+        tree.links.resize(9, UNLINKED);
         tree.tokens.resize(18, 0);
         for block in 0..9 {
             tree.link(Parent::ROOT, own(), &[block as Token / 3, block as Token % 3], block, |_| true)

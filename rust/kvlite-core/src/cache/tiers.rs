@@ -63,6 +63,11 @@ impl Host {
         }
     }
 
+    /// Whether there is a tier.
+    fn is_on(&self) -> bool {
+        !self.twin.is_empty()
+    }
+
     fn twin_of(&self, block: u32) -> Option<u32> {
         self.twin.get(block as usize).copied().filter(|&twin| twin != NONE)
     }
@@ -80,7 +85,7 @@ impl Cache {
     /// A plan is being written that has room for `room` copies to the host. Without room, what is evicted is dropped, unless
     /// its twin is there.
     pub fn open_demotions(&mut self, room: usize) {
-        self.host.room = if self.host.twin.is_empty() { 0 } else { room };
+        self.host.room = if self.host.is_on() { room } else { 0 };
     }
 
     /// The copies that this plan owes, in order of eviction; nothing is demoted by copy until the next one is opened.
@@ -155,7 +160,8 @@ impl Cache {
     pub(super) fn evict(&mut self, block: u32) {
         let parent = self.tree.parent(block);
         self.take_from_order(block);
-        match self.place_on_host(block) {
+        let host = if self.host.is_on() { self.place_on_host(block) } else { None };
+        match host {
             Some(host) => {
                 self.evictor.left(block);
                 self.tree.replace(block, host);
@@ -222,6 +228,9 @@ impl Cache {
 
     /// Takes what lies on the host below `block`, and its twin, out of tree and tier.
     pub(super) fn drop_from_host(&mut self, block: u32) {
+        if !self.host.is_on() {
+            return;
+        }
         let mut at = block;
         loop {
             if let Some(child) = self.tree.children(at).next() {

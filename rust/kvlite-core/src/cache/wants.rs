@@ -174,12 +174,18 @@ impl Wants {
     /// A wanted block is cached and has no child: it may be taken. O(`MAX_WATCHED`), usually a few.
     pub(super) fn list(&mut self, block: u32) {
         let waiter = self.first_waiter(block).expect("somebody is parked at the end of a wanted path");
-        let at = self.ends.partition_point(|&end| end < (waiter, block));
-        self.ends.insert(at, (waiter, block));
+        let end = (waiter, block);
+        // Mostly the parent of the last one, which was just taken.
+        let is_last = self.ends.last().is_none_or(|&last| last < end);
+        let at = if is_last { self.ends.len() } else { self.ends.partition_point(|&other| other < end) };
+        self.ends.insert(at, end);
     }
 
     /// A block may be taken no more, or the first waiter that needs it is about to change; false: it was not listed.
     pub(super) fn unlist(&mut self, block: u32) -> bool {
+        if self.victim() == Some(block) {
+            return self.ends.pop().is_some();
+        }
         let Some(waiter) = self.first_waiter(block) else { return false };
         let found = self.ends.binary_search(&(waiter, block));
         found.map(|at| self.ends.remove(at)).is_ok()

@@ -5,8 +5,9 @@ use super::{NONE, Parent, Tree, UNLINKED};
 impl Tree {
     /// Takes a leaf out of the tree.
     pub(in crate::cache) fn unlink(&mut self, block: u32) {
-        let link = std::mem::replace(&mut self.links[block as usize], UNLINKED);
+        let link = self.links[block as usize];
         let label = link.label.unwrap_or_else(|| panic!("block {block} is not in the tree"));
+        self.links[block as usize].label = None; // The rest is written anew when it comes back.
         assert!(link.first_child == NONE, "evicting block {block} would make the tail behind it unreachable");
         if link.next_sibling != NONE {
             self.links[link.next_sibling as usize].prev_sibling = link.prev_sibling;
