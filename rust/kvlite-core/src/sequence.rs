@@ -102,6 +102,8 @@ pub(crate) struct Sequence {
     pub label: Label,
     /// Order among all sequences, smaller first; given by the policy once, kept through preemptions.
     pub rank: Rank,
+    /// Its place among those who wait, as the cache is told, before the arrival: of its rank, or of an order that was arranged.
+    pub turn: i64,
     status: Status,
     /// Prompt, then committed output; reserved to its declared end, so that a step never allocates.
     pub tokens: Vec<Token>,
@@ -166,6 +168,7 @@ impl Sequence {
             choice,
             label,
             rank,
+            turn: rank.0,
             status: Status::Waiting,
             tokens,
             prompt_len: prompt.len() as u32,

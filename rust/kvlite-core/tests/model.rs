@@ -156,7 +156,8 @@ impl Pair {
         }
         match self.random.below(110) {
             100..105 => self.watch(),
-            105..110 => self.unwatch(),
+            105..109 => self.unwatch(),
+            109 => self.reorder(),
             0..20 => self.alloc(),
             20..48 => self.insert(),
             48..58 => {

@@ -261,3 +261,23 @@ fn the_prefix_that_the_next_candidate_hits_is_evicted_last() {
         assert_eq!(engine.told[&next].cached_len, [32], "{policy:?}");
     }
 }
+
+#[test]
+fn eviction_takes_what_is_needed_last_by_level_and_not_by_arrival() {
+    for (policy, expected) in [(PolicyKind::Fcfs, [16, 8]), (PolicyKind::Priority, [8, 16])] {
+        let config = CoreConfig { max_num_seqs: 1, num_blocks: 12, policy, ..small_config() };
+        let mut engine = Engine::new(config);
+        let asked = |salt: i32, priority: i32| Asked { priority, ..Asked::new(&prompt(salt, 17), 1) };
+        for salt in [2, 3] {
+            engine.add(asked(salt, 0)).unwrap();
+            engine.drain(20);
+        }
+        engine.add(Asked::new(&prompt(4, 4), 20)).unwrap(); // Six blocks; four are free.
+        engine.turn();
+        let lower = i32::from(policy == PolicyKind::Priority);
+        let waiting = [(2, lower), (3, 0)].map(|(salt, priority)| engine.add(asked(salt, priority)).unwrap());
+        engine.drain(50);
+        let cached = waiting.map(|handle| engine.told[&handle].cached_len[0]);
+        assert_eq!(cached, expected, "{policy:?}");
+    }
+}

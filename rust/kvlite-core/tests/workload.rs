@@ -138,3 +138,23 @@ fn requests_under_way_when_the_workload_begins_and_after_it_ends_are_served() {
     let ended = |handle: &i32| engine.output(*handle).len() == 3;
     assert!(first.iter().all(|(_, handle)| ended(handle)) && ended(&late));
 }
+
+#[test]
+fn eviction_takes_what_the_arranged_order_needs_last_and_not_what_came_last() {
+    // The second to come has more output for its prompt: it goes first while the whole workload is at hand.
+    for (is_workload, expected) in [(false, [16, 8]), (true, [8, 16])] {
+        let mut engine = Engine::new(CoreConfig { max_num_seqs: 1, num_blocks: 12, ..small_config() });
+        let asked = |group: i32, max_tokens: u32| Asked::new(&prompt(group, 16, group, 1), max_tokens);
+        for group in [2, 3] {
+            engine.add(asked(group, 1)).unwrap();
+            engine.drain(20);
+        }
+        engine.set_workload(is_workload);
+        engine.add(Asked::new(&prompt(4, 4, 4, 0), 20)).unwrap(); // Six blocks; four are free.
+        engine.turn();
+        let waiting = [(2, 1), (3, 4)].map(|(group, max_tokens)| engine.add(asked(group, max_tokens)).unwrap());
+        engine.drain(50);
+        let cached = waiting.map(|handle| engine.told[&handle].cached_len[0]);
+        assert_eq!(cached, expected, "a workload: {is_workload}");
+    }
+}

@@ -107,6 +107,21 @@ impl Wants {
         Some(watcher)
     }
 
+    /// Each waiter becomes another one and stays where it is parked. O(`MAX_WATCHED` * log).
+    pub(super) fn reorder(&mut self, now: impl Fn(Waiter) -> Waiter) {
+        for (waiter, watcher) in &mut self.by_waiter {
+            *waiter = now(*waiter);
+            self.watchers[*watcher as usize].waiter = *waiter;
+        }
+        self.by_waiter.sort_unstable();
+        let mut ends = std::mem::take(&mut self.ends);
+        for (first, block) in &mut ends {
+            *first = self.first_waiter(*block).expect("somebody is parked at the end of a wanted path");
+        }
+        ends.sort_unstable();
+        self.ends = ends;
+    }
+
     /// The block at which a watcher is parked; none: the root.
     pub(super) fn block_of(&self, watcher: u32) -> Option<u32> {
         Some(self.watchers[watcher as usize].block).filter(|&block| block != NONE)

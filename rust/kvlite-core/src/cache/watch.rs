@@ -49,6 +49,11 @@ impl Cache {
         true
     }
 
+    /// Waiters are served in another order: each is from now on whom `now` says, in the same slot. No path is walked.
+    pub fn reorder(&mut self, now: impl Fn(Waiter) -> Waiter) {
+        self.wants.reorder(now);
+    }
+
     /// After `block` was inserted: watched requests whose prompts go on with it are parked there. `asked` gives what was
     /// passed to `watch`. O(watched requests that are parked at its parent).
     pub fn follow<'a>(&mut self, block: BlockId, asked: impl Fn(Waiter) -> (Lookup, &'a [Token])) {

@@ -7,7 +7,7 @@
 //! going to need. Waiting bound: `max_passes`, as in every line; none while the whole workload is at hand, which ends. Called
 //! by `admit.rs`, and by whatever moves sequences through `waiting.rs`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Core;
 use crate::config::{CoreConfig, PolicyKind};
@@ -20,6 +20,9 @@ use crate::sequence::{FinishReason, Status};
 const MAX_HELD: u32 = 256;
 /// The order is made anew when this part of it has changed, one by so many.
 const CHANGED_SHARE: usize = 8;
+
+/// Before and behind whatever was arranged, whoever's rank it is added to.
+const FAR: i64 = 1 << 62;
 
 /// See the module's header.
 #[derive(Debug)]
@@ -71,6 +74,12 @@ impl Arranged {
         self.is_policy || self.is_workload
     }
 
+    /// The place that somebody had before it left the queue for a while and that nobody has passed since.
+    fn place_of(&self, slot: u32, serial: u64, turn: i64) -> Option<i64> {
+        let place = usize::try_from(turn).ok().filter(|&place| place >= self.head)?;
+        (self.order.get(place) == Some(&(slot, serial))).then_some(turn)
+    }
+
     /// What is kept for those who were passed.
     pub fn held(&self) -> Held {
         self.held
@@ -91,24 +100,27 @@ impl Core {
         (self.arranged.head, self.arranged.num_changes) = (0, self.queue.len());
         self.arranged.urgent.clear();
         self.refused = None;
-        if self.arranged.is_on() {
-            let mut slots = std::mem::take(&mut self.arranged.scratch);
-            slots.extend(self.queue.slots());
-            slots.drain(..).for_each(|slot| self.arrange_arrival(slot));
-            self.arranged.scratch = slots;
-        }
+        let mut slots = std::mem::take(&mut self.arranged.scratch);
+        slots.extend(self.queue.slots());
+        slots.drain(..).for_each(|slot| self.arrange_arrival(slot));
+        self.arranged.scratch = slots;
+        self.reorder_watched();
     }
 
     /// Somebody joins the queue.
     pub(super) fn arrange_arrival(&mut self, slot: u32) {
+        let seq = &mut self.seqs[slot as usize];
         if !self.arranged.is_on() {
+            seq.turn = seq.rank.0;
             return;
         }
-        let seq = &self.seqs[slot as usize];
         let has_begun = seq.makes.is_some() || seq.choice > 0 || seq.output_len() > 0 || seq.preemptions > 0;
         if has_begun {
+            seq.turn = seq.rank.0 - FAR;
             self.arranged.urgent.insert(seq.waiter(slot));
         } else {
+            let place = self.arranged.place_of(slot, seq.rank.1, seq.turn);
+            seq.turn = place.unwrap_or(seq.rank.0 + FAR);
             self.arranged.num_changes += 1;
         }
     }
@@ -177,9 +189,27 @@ impl Core {
         for (&slot, &home) in slots.iter().zip(arranged.batching.homes()) {
             self.seqs[slot as usize].home = home;
         }
+        for (place, &(slot, _)) in arranged.order.iter().enumerate() {
+            self.seqs[slot as usize].turn = place as i64;
+        }
         slots.clear();
         arranged.scratch = slots;
         (arranged.head, arranged.num_changes) = (0, 0);
+        self.reorder_watched();
+    }
+
+    /// Slots of all who wait, in the order in which they will be served as far as that is known; for audits.
+    pub(super) fn service_order(&self) -> Vec<u32> {
+        let mut slots: Vec<u32> = self.queue.slots().collect();
+        slots.sort_unstable_by_key(|&slot| self.seq(slot).order());
+        if self.arranged.is_on() {
+            let order = self.arranged.order.iter().enumerate().skip(self.arranged.head);
+            let places: BTreeMap<_, _> = order.map(|(place, entry)| (entry, place)).collect();
+            let is_urgent = |slot: u32| self.arranged.urgent.contains(&self.seq(slot).waiter(slot));
+            let place = |slot: u32| places.get(&(slot, self.seq(slot).rank.1)).copied().unwrap_or(usize::MAX);
+            slots.sort_by_key(|&slot| if is_urgent(slot) { (0, 0) } else { (1, place(slot)) });
+        }
+        slots
     }
 
     fn overdue(&self) -> Option<u32> {

@@ -13,6 +13,11 @@ impl Sequence {
     pub(super) fn waiter(&self, slot: u32) -> Waiter {
         Waiter { rank: self.rank, choice: self.choice, slot }
     }
+
+    /// Where it stands among those whom the cache watches.
+    pub(super) fn watcher(&self, slot: u32) -> Waiter {
+        Waiter { rank: (self.turn, self.rank.1), choice: self.choice, slot }
+    }
 }
 
 impl Core {

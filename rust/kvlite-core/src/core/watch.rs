@@ -1,8 +1,13 @@
-//! Who of those that wait is watched by the cache: the first `MAX_WATCHED` waiters, so that eviction knows what they will hit.
+//! Who of those that wait is watched by the cache: the first `MAX_WATCHED` to be served, so that eviction knows what they
+//! will hit, and in which order.
 //!
-//! Owns the waiters beyond these. Must not know blocks: the cache parks and follows. Invariant: whoever waits and may hit is
-//! watched or beyond, and nobody beyond comes before one that is watched. Called by `waiting.rs` and `admit.rs`, and by who
-//! publishes blocks.
+//! The order is that of `Sequence::turn`: of ranks (arrival, for `priority` the aged levels), or the arranged one. Where a
+//! choice is made anew at every pass (`hit-rate`, `cache-aware`, `fair`) it is that of arrival: nobody knows the next choice
+//! before it is made, asking the cache for a whole queue would cost more than an eviction saves, and what these policies
+//! choose by hits is hit at once. Nor does it tell who is overdue under `prefix-grouped`.
+//! Owns the waiters beyond the watched. Must not know blocks: the cache parks and follows. Invariant: whoever waits and may
+//! hit is watched or beyond, and nobody beyond comes before one that is watched. Called by `waiting.rs`, `arrange.rs` and
+//! `admit.rs`, and by who publishes blocks.
 
 use std::collections::BTreeSet;
 
@@ -22,7 +27,7 @@ impl Core {
         if !self.is_watchable(slot) {
             return;
         }
-        let waiter = self.seq(slot).waiter(slot);
+        let waiter = self.seq(slot).watcher(slot);
         if self.cache.num_watched() == MAX_WATCHED {
             let last = self.cache.last_watched().expect("somebody is watched");
             self.beyond.insert(last.max(waiter));
@@ -36,13 +41,29 @@ impl Core {
 
     /// It leaves, to run or for another reason; without effect when it was not in the queue.
     pub(super) fn unwatch(&mut self, slot: u32) {
-        let waiter = self.seq(slot).waiter(slot);
+        let waiter = self.seq(slot).watcher(slot);
         if self.cache.unwatch(waiter) {
             if let Some(next) = self.beyond.pop_first() {
                 self.start_watching(next);
             }
         } else {
             self.beyond.remove(&waiter);
+        }
+    }
+
+    /// Turns of some who wait have changed. O(waiting), and a path for each who is watched now and was not, or the reverse.
+    pub(super) fn reorder_watched(&mut self) {
+        let seqs = &self.seqs;
+        let now = |waiter: Waiter| seqs[waiter.slot as usize].watcher(waiter.slot);
+        self.cache.reorder(now);
+        self.beyond = std::mem::take(&mut self.beyond).into_iter().map(now).collect();
+        while let (Some(last), Some(&first)) = (self.cache.last_watched(), self.beyond.first())
+            && first < last
+        {
+            self.beyond.pop_first();
+            self.cache.unwatch(last);
+            self.beyond.insert(last);
+            self.start_watching(first);
         }
     }
 
@@ -63,10 +84,9 @@ impl Core {
         let (last, first_beyond) = (watched.last(), self.beyond.first());
         assert!(first_beyond.is_none_or(|first| last < Some(first)), "{first_beyond:?} is not watched, {last:?} is");
         assert!(self.beyond.is_empty() || watched.len() == MAX_WATCHED, "some could be watched and are not");
-        let waiting = self.queue.slots().filter(|&slot| self.is_watchable(slot));
-        let expected: BTreeSet<Waiter> = waiting.map(|slot| self.seq(slot).waiter(slot)).collect();
-        let known: BTreeSet<Waiter> = watched.union(&self.beyond).copied().collect();
-        assert_eq!(known, expected, "whoever waits and may hit is watched or beyond");
+        let expected = self.service_order().into_iter().filter(|&slot| self.is_watchable(slot));
+        let known = watched.iter().chain(&self.beyond).map(|waiter| waiter.slot);
+        assert!(known.eq(expected), "whoever waits and may hit is watched or beyond, in the order of service");
     }
 }
 

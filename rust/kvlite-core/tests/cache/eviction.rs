@@ -103,6 +103,17 @@ fn a_prefix_that_several_wait_for_is_needed_when_the_first_of_them_is_served() {
 }
 
 #[test]
+fn what_is_needed_last_is_another_block_once_others_are_to_be_served_first() {
+    let mut cache = Cache::new(&config(8));
+    let path = [1, 2, 3].map(|number| remember(&mut cache, tenant(0), &text(number, 1))[0]);
+    (1..4).for_each(|number| watch(&mut cache, number.into(), &text(number, 1)));
+    cache.reorder(|old| Waiter { rank: (i64::from(old.slot + 1) % 3, 0), ..old }); // 2, 3, 1
+    cache.audit();
+    assert_eq!(cache.last_watched().map(|waiter| waiter.slot), Some(1));
+    assert_eq!(evicted(&mut cache, 3), [path[0], path[2], path[1]]);
+}
+
+#[test]
 fn who_waits_is_followed_as_the_path_grows_and_a_tenant_wants_nothing_of_another() {
     let mut cache = Cache::new(&config(8));
     let tokens = text(1, 2);

@@ -246,6 +246,16 @@ impl Pair {
         }
     }
 
+    /// They are going to be served in another order.
+    pub fn reorder(&mut self) {
+        for watched in &mut self.naive.watched {
+            watched.waiter.rank.0 = self.random.below(4) as i64;
+        }
+        let watched = &self.naive.watched;
+        let now = |old: Waiter| watched.iter().find(|one| one.waiter.slot == old.slot).expect("it is watched").waiter;
+        self.cache.reorder(now);
+    }
+
     pub fn unpin(&mut self, pin: usize) {
         let (path, block) = self.pins.swap_remove(pin);
         self.cache.unpin(block);
