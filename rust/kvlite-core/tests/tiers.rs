@@ -201,3 +201,31 @@ fn a_preempted_request_comes_back_from_the_host_and_nobody_is_started_over_in_a_
         assert_eq!(stats.host_hit_tokens_total > 0, host_blocks > 0);
     }
 }
+
+#[test]
+fn what_a_tenant_copied_back_from_its_own_takes_no_public_place_though_its_own_is_gone_meanwhile() {
+    let mut engine = Engine::new(two_tiers(12, 64));
+    let of = |tenant: u32, salt: i32, len: usize| Asked { tenant, ..Asked::new(&prompt(salt, len), 1) };
+    run(&mut engine, of(1, 1, 9));
+    run(&mut engine, of(2, 2, 45)); // Takes the whole pool: tenant 1's blocks are on the host.
+    engine.add(of(PUBLIC, 1, 9)).unwrap();
+    engine.step(); // The operator computes the same tokens ...
+    let own = engine.add(of(1, 1, 9)).unwrap();
+    engine.step(); // ... while tenant 1 copies its own back,
+    assert_eq!(engine.told[&own].cached_len, [8]);
+    engine.core.clear_cache(); // which are gone before they are published again,
+    engine.complete(Outcome::Ok);
+    let demoted = engine.core.stats().demoted_blocks_total;
+    engine.add(of(2, 3, 34)).unwrap();
+    engine.step(); // when the public ones have come and were evicted to the host.
+    assert_eq!(engine.core.stats().demoted_blocks_total, demoted + 2);
+    engine.complete(Outcome::Ok);
+    engine.step();
+    while engine.num_in_flight() > 0 {
+        engine.complete(Outcome::Ok);
+    }
+    engine.drain(10);
+    let promoted = engine.core.stats().promoted_blocks_total;
+    assert_eq!(run(&mut engine, of(3, 1, 9)), 8, "published for everybody");
+    assert_eq!(engine.core.stats().promoted_blocks_total, promoted + 2, "from the host: on the device are tenant 1's");
+}
