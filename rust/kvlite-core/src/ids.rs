@@ -32,7 +32,8 @@ impl fmt::Debug for BlockId {
     }
 }
 
-/// A waiting sequence, ordered as it is going to be served; unique, because choices of a request differ and every other rank does.
+/// A waiting sequence, ordered as it is going to be served; unique, because choices of a request differ and every other
+/// rank does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Waiter {
     /// Place in line: what the policy said, then the arrival.

@@ -368,7 +368,7 @@ impl<'a> PlanWriter<'a> {
         self.regions[Region::Header as usize].copy_from_slice(&header);
     }
 
-    /// Panics past the region's end: callers check the budget of tokens before they write rows, and schedule a row once.
+    /// Panics past the region's end: callers check the budget of tokens first, and schedule a row once.
     #[inline]
     fn set(&mut self, region: Region, at: usize, value: i32) {
         self.regions[region as usize][at] = value;

@@ -102,7 +102,7 @@ pub(crate) struct Sequence {
     pub label: Label,
     /// Order among all sequences, smaller first; given by the policy once, kept through preemptions.
     pub rank: Rank,
-    /// Its place among those who wait, as the cache is told, before the arrival: of its rank, or of an order that was arranged.
+    /// Its place among those who wait, as the cache is told: the policy's number, or its place in an arranged order.
     pub turn: i64,
     status: Status,
     /// Prompt, then committed output; reserved to its declared end, so that a step never allocates.

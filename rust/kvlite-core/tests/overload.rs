@@ -1,8 +1,9 @@
-//! R15: ten times the KV pool is offered at once. Nobody is lost or hangs, everybody gets the right tokens, preemptions stay
+//! Ten times the KV pool is offered at once: nobody is lost or hangs, everybody gets the right tokens, preemptions stay
 //! few, and the engine does nine tenths of the work per second that it does at its best with less load.
 //!
-//! Virtual time: a step costs a fixed part (weights are read once, however many rows there are) and a part per row, so that
-//! both small batches and rows that are computed twice show. The device hashes what it reads; the reader checks every token.
+//! Virtual time: a step costs a fixed part (weights are read once, however many rows there are) and a part per row, so
+//! that both small batches and rows that are computed twice show. The device hashes what it reads; the reader checks
+//! every token.
 
 mod common;
 
@@ -94,8 +95,8 @@ fn compare(policy: PolicyKind, reserve_tokens: u32, seed: u64) -> u32 {
     });
     let goodput = by_load.into_iter().fold(f64::INFINITY, f64::min);
     println!(
-        "{policy:?}, {reserve_tokens} tokens of reserve, seed {seed}: {} requests, {:.2} preemptions per request, {} at \
-         most, goodput {:.0} % of that of a load that fits, {:.0} % of the peak",
+        "{policy:?}, {reserve_tokens} tokens of reserve, seed {seed}: {} requests, {:.2} preemptions per request, {} \
+         at most, goodput {:.0} % of that of a load that fits, {:.0} % of the peak",
         offered.len(),
         over.mean_preemptions,
         over.most_preemptions,

@@ -27,7 +27,7 @@ pub const MAX_PARTIAL_CANDIDATES: usize = 8;
 /// The block size whose compare is inlined.
 const USUAL_BLOCK_SIZE: usize = 16;
 
-/// Few chains are longer than one: each block that is only walked past is a cache miss, on the way in and on the way out.
+/// Few chains are longer than one: each block that is walked past is a cache miss, on the way in and on the way out.
 const BUCKETS_PER_BLOCK: usize = 4;
 
 /// What a block hangs below: a block, or the root.

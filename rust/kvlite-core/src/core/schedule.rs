@@ -199,8 +199,8 @@ impl Core {
         }
     }
 
-    /// Asks for the log-probabilities of the prompt's tokens behind `positions`, whose rows begin at `first_row`, where the
-    /// request wants them and has not got them.
+    /// Asks for the log-probabilities of the prompt's tokens behind `positions`, whose rows begin at `first_row`, where
+    /// the request wants them and has not got them.
     fn sample_prompt(&self, seq: &Sequence, positions: Range<u32>, first_row: usize, plan: &mut PlanWriter<'_>) {
         if self.request(seq.request).prompt_logprobs {
             for position in positions.start.max(seq.logprobs_len)..positions.end.min(seq.prompt_len - 1) {

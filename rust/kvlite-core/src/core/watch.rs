@@ -1,13 +1,13 @@
-//! Who of those that wait is watched by the cache: the first `MAX_WATCHED` to be served, so that eviction knows what they
-//! will hit, and in which order.
+//! Who of those that wait is watched by the cache: the first `MAX_WATCHED` to be served, so that eviction knows what
+//! they will hit, and in which order.
 //!
-//! The order is that of `Sequence::turn`: of ranks (arrival, for `priority` the aged levels), or the arranged one. Where a
-//! choice is made anew at every pass (`hit-rate`, `cache-aware`, `fair`) it is that of arrival: nobody knows the next choice
-//! before it is made, asking the cache for a whole queue would cost more than an eviction saves, and what these policies
-//! choose by hits is hit at once. Nor does it tell who is overdue under `prefix-grouped`.
-//! Owns the waiters beyond the watched. Must not know blocks: the cache parks and follows. Invariant: whoever waits and may
-//! hit is watched or beyond, and nobody beyond comes before one that is watched. Called by `waiting.rs`, `arrange.rs` and
-//! `admit.rs`, and by who publishes blocks.
+//! The order is that of `Sequence::turn`: of ranks (arrival, for `priority` the aged levels), or the arranged one. Where
+//! a choice is made anew at every pass (`hit-rate`, `cache-aware`, `fair`) it is that of arrival: the next choice is
+//! known when it is made, and to ask the cache for the whole queue at each pass would cost O(waiting * hits). Nor does
+//! it tell who is overdue under `prefix-grouped`.
+//! Owns the waiters beyond the watched. Must not know blocks: the cache parks and follows. Invariant: whoever waits and
+//! may hit is watched or beyond, and nobody beyond comes before one that is watched. Called by `waiting.rs`,
+//! `arrange.rs` and `admit.rs`, and by who publishes blocks.
 
 use std::collections::BTreeSet;
 
@@ -51,7 +51,7 @@ impl Core {
         }
     }
 
-    /// Turns of some who wait have changed. O(waiting), and a path for each who is watched now and was not, or the reverse.
+    /// Turns of some who wait have changed. O(waiting), and a path for each who is watched now and was not, or was.
     pub(super) fn reorder_watched(&mut self) {
         let seqs = &self.seqs;
         let now = |waiter: Waiter| seqs[waiter.slot as usize].watcher(waiter.slot);
