@@ -78,14 +78,15 @@ def mixed_attention(make: Maker, name: str, sequences: Sequence[tuple[int, int]]
     """
     heads, kv_heads, width, size = make.shape.num_heads, make.shape.num_kv_heads, make.shape.head_dim, make.block_size
     blocks = max(1, *(-(-context // size) for context, _ in sequences))
-    pool = make.normal(len(sequences) * blocks, 2, size, kv_heads, width)
+    pool = make.normal(len(sequences) * blocks, 2, kv_heads, size, width)
+    k_cache, v_cache = pool.transpose(2, 3).unbind(1)
     order = torch.randperm(len(sequences) * blocks, generator=torch.Generator().manual_seed(0))
     table = order.to(torch.int32).view(len(sequences), blocks).to(make.device)
     for row, (context, _) in zip(order.view(len(sequences), blocks).tolist(), sequences, strict=True):
         used = -(-context // size)
         pool[row[used:]] = math.nan
         if context % size:
-            pool[row[used - 1], :, context % size :] = math.nan
+            pool[row[used - 1], :, :, context % size :] = math.nan
     lasts = [context - rows + at for context, rows in sequences for at in range(rows)]
     starts = [sum(rows for _, rows in sequences[:s]) for s in range(len(sequences) + 1)]
     q = make.normal(len(lasts), heads, width)
@@ -95,7 +96,7 @@ def mixed_attention(make: Maker, name: str, sequences: Sequence[tuple[int, int]]
 
     def run(ops: Ops) -> None:
         ops.attention(
-            q, pool[:, 0], pool[:, 1], table, query_start, lengths, seq_rows, last_key, width**-0.5, window, out, lse
+            q, k_cache, v_cache, table, query_start, lengths, seq_rows, last_key, width**-0.5, window, out, lse
         )  # fmt: skip
 
     num_bytes = sum(context for context, _ in sequences) * 2 * kv_heads * width * make.dtype.itemsize
@@ -117,7 +118,8 @@ def shared_attention(make: Maker, name: str, sizes: Sequence[int], prefix: int, 
     """One row of each sequence; those of a group, as many as `sizes` says, share `prefix` keys."""
     heads, kv_heads, width, size = make.shape.num_heads, make.shape.num_kv_heads, make.shape.head_dim, make.block_size
     batch, shared, own = sum(sizes), prefix // size, -(-own_keys // size)
-    pool = make.normal(len(sizes) * shared + batch * own, 2, size, kv_heads, width)
+    pool = make.normal(len(sizes) * shared + batch * own, 2, kv_heads, size, width)
+    k_cache, v_cache = pool.transpose(2, 3).unbind(1)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     owner = torch.tensor([group for group, count in enumerate(sizes) for _ in range(count)])
     first, rest = order.split([len(sizes) * shared, batch * own])
@@ -126,7 +128,7 @@ def shared_attention(make: Maker, name: str, sizes: Sequence[int], prefix: int, 
     lse = make.poison(batch, heads, dtype=torch.float32)
     context, rows = prefix + own_keys, list(range(batch))
     arguments = (
-        q, pool[:, 0], pool[:, 1], table, make.ints([*rows, batch]), make.ints([context] * batch), make.ints(rows),
+        q, k_cache, v_cache, table, make.ints([*rows, batch]), make.ints([context] * batch), make.ints(rows),
         make.ints([context - 1] * batch), width**-0.5, 0, out, lse,
     )  # fmt: skip
     groups = make.ints([0] * 3 * batch).view(batch, 3)
@@ -212,7 +214,7 @@ def place_kv(make: Maker, rows: int) -> Case:
     """A segment of `rows` rows to blocks of its own, all layers."""
     size, layers, kv_heads, width = make.block_size, make.shape.num_layers, make.shape.num_kv_heads, make.shape.head_dim
     blocks = -(-rows // size)
-    pool = make.normal(2 * blocks, layers, 2, size, kv_heads, width)
+    pool = make.normal(2 * blocks, layers, 2, kv_heads, size, width)
     pool[blocks:] = math.nan
     positions = make.ints(list(range(rows)))
     source, target = positions, positions + blocks * size

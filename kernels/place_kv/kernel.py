@@ -14,7 +14,7 @@ from kvlite.kernels.rope.kernel import turn
 @triton.jit
 def place_kv_kernel(
     pool_ptr, source_ptr, target_ptr, position_ptr, cos_ptr, sin_ptr,
-    block_stride, layer_stride, side_stride, slot_stride, table_stride,
+    block_stride, layer_stride, side_stride, head_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def place_kv_kernel(
     source_row = pool_ptr + source_at + layer
     target_row = pool_ptr + target_at + layer
 
-    head = tl.arange(0, BLOCK_HEADS) * HEAD_DIM
+    head = tl.arange(0, BLOCK_HEADS) * head_stride
     used = tl.arange(0, BLOCK_HEADS) < KV_HEADS
     pair = tl.arange(0, BLOCK_HALF)
     cos = tl.load(cos_ptr + position * table_stride + pair, mask=pair < HALF, other=0.0)[None, :]
@@ -49,8 +49,8 @@ def place_kv_kernel(
 
     element = tl.arange(0, BLOCK)
     mask = element < KV_HEADS * HEAD_DIM
-    v = tl.load(source_row + side_stride + element, mask=mask)
-    tl.store(target_row + side_stride + element, v, mask=mask)
+    at = side_stride + element // HEAD_DIM * head_stride + element % HEAD_DIM
+    tl.store(target_row + at, tl.load(source_row + at, mask=mask), mask=mask)
 
 
 def place_kv_config(kv_heads: int, head_dim: int, half: int) -> dict[str, int]:
@@ -72,17 +72,16 @@ def place_kv(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> None:
-    """As `reference.place_kv`; heads and dimensions of a slot are contiguous, cos and sin have equal strides."""
-    _, num_layers, _, block_size, kv_heads, head_dim = kv_pool.shape
-    block_stride, layer_stride, side_stride, slot_stride, head_stride, _ = kv_pool.stride()
+    """As `reference.place_kv`; dimensions are contiguous, cos and sin have equal strides."""
+    _, num_layers, _, kv_heads, block_size, head_dim = kv_pool.shape
+    block_stride, layer_stride, side_stride, head_stride, slot_stride, _ = kv_pool.stride()
     assert kv_pool.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1 and cos.stride() == sin.stride()
-    assert head_stride == head_dim or kv_heads == 1
     num_rows, half = source_slot.shape[0], cos.shape[1]
     if num_rows == 0:
         return
     place_kv_kernel[(num_rows, num_layers)](
         kv_pool, source_slot, target_slot, positions, cos, sin,
-        block_stride, layer_stride, side_stride, slot_stride, cos.stride(0),
+        block_stride, layer_stride, side_stride, head_stride, slot_stride, cos.stride(0),
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=half, BLOCK_SIZE=block_size,
         **place_kv_config(kv_heads, head_dim, half),
     )  # fmt: skip

@@ -19,9 +19,9 @@ from torch import Tensor
 Backend = Literal["reference", "triton", "cpu"]
 
 FEW_ROWS = (8, 16, 24, 32)
-"""Most rows that the Rust product may be for, ascending; `_few_rows` measures which. After 32 it reads W again ..."""
+"""Most rows that the Rust product may be for, ascending; `_few_rows` measures which ..."""
 MANY_ROWS = 256
-"""... but for bf16, of which it has a form for many rows: no slower than the library's here, it takes any number."""
+"""... but it has forms for many rows too: no slower than the library's here, it takes any number."""
 ANY_ROWS = sys.maxsize
 CROSSING_SHAPE = (2048, 1024)
 """Outputs and inputs of the weight that finds it: some megabytes, as those of a layer."""
@@ -318,7 +318,7 @@ def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many
             times.append(time.perf_counter() - start)
         return min(times)
 
-    if dtype == weight_dtype == torch.bfloat16 and best_s(few, MANY_ROWS) <= best_s(many, MANY_ROWS):
+    if best_s(few, MANY_ROWS) <= best_s(many, MANY_ROWS):
         return ANY_ROWS
     for num_rows in reversed(FEW_ROWS[1:]):
         if best_s(few, num_rows) <= best_s(many, num_rows):

@@ -77,7 +77,7 @@ def make(
     generator = torch.Generator().manual_seed(1)
     blocks_of = [-(-context // block_size) for context, _ in sequences]
     num_blocks, rows = sum(blocks_of) + 2, sum(n for _, n in sequences)
-    pool = nan(num_blocks, layers, 2, block_size, kv_heads, dim, dtype=DTYPES[dtype])
+    pool = nan(num_blocks, layers, 2, kv_heads, block_size, dim, dtype=DTYPES[dtype]).transpose(3, 4)
     table = torch.full((len(sequences) + 1, max(blocks_of) + 1), -5, dtype=torch.int32)
     order = torch.randperm(num_blocks, generator=generator).tolist()
     starts, contexts, last = [0], [], []

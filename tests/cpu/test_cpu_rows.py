@@ -59,7 +59,7 @@ def sample() -> Arrays:
 
 def place_kv() -> Arrays:
     return {
-        "kv_pool": floats(2, 3, 2, 4, 2, 8),
+        "kv_pool": floats(2, 3, 2, 2, 4, 8),
         "source_slot": np.array([0, 3, 3], np.int32),
         "target_slot": np.array([7, 1, 4], np.int32),
         "positions": np.array([0, 6, 2], np.int32),
@@ -118,9 +118,9 @@ REFUSALS: list[tuple[Callable[[], Arrays], str, Callable[[Arrays], Any]]] = [
     (place_kv, "positions", lambda a: np.array([0, 7, 2], np.int32)),
     (place_kv, "cos", lambda a: floats(7, 5)),
     (place_kv, "sin", lambda a: floats(6, 4)),
-    (place_kv, "kv_pool", lambda a: floats(2, 3, 2, 4, 2, 16)[..., :8]),
-    (place_kv, "kv_pool", lambda a: floats(2, 3, 3, 4, 2, 8)),
-    (place_kv, "kv_pool", lambda a: frozen(floats(2, 3, 2, 4, 2, 8))),
+    (place_kv, "kv_pool", lambda a: floats(2, 3, 2, 2, 4, 16)[..., :8]),
+    (place_kv, "kv_pool", lambda a: floats(2, 3, 3, 2, 4, 8)),
+    (place_kv, "kv_pool", lambda a: frozen(floats(2, 3, 2, 2, 4, 8))),
     (silu_mul, "gate_up", lambda a: floats(3, 9)),
     (silu_mul, "out", lambda a: a["gate_up"][:, :5]),
     (sample, "logits", lambda a: a["logits"][:2]),

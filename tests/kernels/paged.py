@@ -98,8 +98,8 @@ def make_batch(shape: Shape, sequences: list[tuple[int, list[int]]], seed: int =
 
     blocks = max(1, *(math.ceil(context / shape.block_size) for context, _ in sequences))
     num_blocks = blocks * len(sequences) + 3
-    pool = poison(num_blocks, 2, 2, shape.block_size, shape.kv_heads, shape.head_dim, dtype=shape.dtype)
-    k_cache, v_cache = pool[:, 1, 0], pool[:, 1, 1]
+    pool = poison(num_blocks, 2, 2, shape.kv_heads, shape.block_size, shape.head_dim, dtype=shape.dtype)
+    k_cache, v_cache = pool[:, 1].transpose(2, 3).unbind(1)
     order = torch.randperm(num_blocks - 1, generator=generator)
     block_table = torch.full((len(sequences) + 2, blocks), num_blocks - 1, dtype=torch.int32)
     seq_row = torch.randperm(len(sequences) + 2, generator=generator)[: len(sequences)].to(torch.int32)

@@ -20,11 +20,11 @@ def poisoned_pool(
     num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, source: list[int]
 ) -> torch.Tensor:
     """NaN but for the rows at `source`."""
-    pool = poison(num_blocks, LAYERS, 2, block_size, kv_heads, head_dim, dtype=dtype)
+    pool = poison(num_blocks, LAYERS, 2, kv_heads, block_size, head_dim, dtype=dtype)
     noise = torch.Generator().manual_seed(head_dim)
     for slot in source:
         row = torch.randn(LAYERS, 2, kv_heads, head_dim, generator=noise).to(dtype)
-        pool[slot // block_size, :, :, slot % block_size] = row
+        pool[slot // block_size, :, :, :, slot % block_size] = row
     return pool
 
 
@@ -42,11 +42,11 @@ def test_a_placed_row_has_the_bits_of_rope_and_store_kv(
     slots, where = ints(*target).to(device), ints(*positions).to(device)
     for layer in range(LAYERS):
         k, v = (
-            torch.stack([pool[slot // block_size, layer, side, slot % block_size] for slot in source])
+            torch.stack([pool[slot // block_size, layer, side, :, slot % block_size] for slot in source])
             for side in (0, 1)
         )
         ops.rope(torch.zeros_like(k), k, where, cos, sin)
-        ops.store_kv(k, v, expected[:, layer, 0], expected[:, layer, 1], slots)
+        ops.store_kv(k, v, *expected[:, layer].transpose(2, 3).unbind(1), slots)
     ops.place_kv(pool, ints(*source).to(device), slots, where, cos, sin)
     assert torch.equal(bits(pool), bits(expected))
 
@@ -59,17 +59,17 @@ def test_keys_turn_by_the_angle_of_their_new_position_and_values_stay(ops: Ops, 
     after = pool.cpu()
     for layer in range(LAYERS):
         for head in range(2):
-            expected = rotated(before[0, layer, 0, 5, head].double().numpy(), 37, 8)
-            torch.testing.assert_close(after[3, layer, 0, 6, head].double(), torch.from_numpy(expected))
-        assert torch.equal(after[3, layer, 1, 6], before[0, layer, 1, 5])
+            expected = rotated(before[0, layer, 0, head, 5].double().numpy(), 37, 8)
+            torch.testing.assert_close(after[3, layer, 0, head, 6].double(), torch.from_numpy(expected))
+        assert torch.equal(after[3, layer, 1, :, 6], before[0, layer, 1, :, 5])
 
 
 def test_rows_that_were_never_written_are_neither_hidden_nor_mixed_with_others(ops: Ops, device: torch.device) -> None:
     pool = poisoned_pool(4, 8, 1, 8, torch.float32, [1]).to(device)
     cos, sin = (x.to(device) for x in tables(8))
     ops.place_kv(pool, ints(0, 1).to(device), ints(16, 17).to(device), ints(3, 4).to(device), cos, sin)
-    assert pool[2, :, :, 0].isnan().all()
-    assert pool[2, :, :, 1].isfinite().all()
+    assert pool[2, :, :, :, 0].isnan().all()
+    assert pool[2, :, :, :, 1].isfinite().all()
 
 
 def test_a_row_gets_the_same_bits_alone_and_among_others(ops: Ops, device: torch.device) -> None:

@@ -29,7 +29,7 @@ class Driver:
         num_blocks = num_rows * self.max_blocks
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
         self.block_table = order.to(torch.int32).view(num_rows, self.max_blocks).to(decoder.device)
-        shape = (num_blocks, config.num_layers, 2, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
         self.pool = torch.full(shape, float("nan"), dtype=decoder.dtype, device=decoder.device)
         self._free = list(range(num_rows))
 

@@ -203,12 +203,12 @@ class Stage:
     def kv(self, row: int, keys: Iterable[int]) -> torch.Tensor:
         """A copy of keys and values, [layers, 2, n, KH, D]."""
         slots = torch.tensor(self.slots(row, keys), device=self.pool.data.device)
-        return self.pool.data[slots // BLOCK_SIZE, :, :, slots % BLOCK_SIZE].permute(1, 2, 0, 3, 4).clone()
+        return self.pool.data[slots // BLOCK_SIZE, :, :, :, slots % BLOCK_SIZE].permute(1, 2, 0, 3, 4).clone()
 
     def stored(self, segment: Segment) -> torch.Tensor:
         """A copy of a segment's keys before RoPE, and values, [layers, 2, n, KH, D]."""
         kv = self.pool.data[torch.tensor(segment.blocks, device=self.pool.data.device)]
-        return kv.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, : len(segment.ids)].clone()
+        return kv.permute(1, 2, 0, 4, 3, 5).flatten(2, 3)[:, :, : len(segment.ids)].clone()
 
     def links(self, row: int, keys: Iterable[int]) -> torch.Tensor:
         """A copy of a sequence's links, [n, 3]."""

@@ -40,7 +40,7 @@ def pool(dtype: torch.dtype = torch.float32) -> KVPool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_pool_is_block_major_and_zeroed(dtype: torch.dtype) -> None:
     made = pool(dtype)
-    assert made.data.shape == (6, 2, 2, 4, 3, 8) and made.data.is_contiguous() and made.data.dtype == dtype
+    assert made.data.shape == (6, 2, 2, 3, 4, 8) and made.data.is_contiguous() and made.data.dtype == dtype
     assert not made.data.any()
     assert made.data[0].nbytes == made.shape.bytes_per_block == 2 * 2 * 4 * 3 * 8 * dtype.itemsize
     assert made.block_table.shape == (3, 5)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tidy.sources import ROOT, blank_rust, read, sources, without_rust_tests
 
-LEAVES = {"errors", "checks", "reuse_types", "types", "config", "progress"}
+LEAVES = {"errors", "checks", "memory", "reuse_types", "types", "config", "progress"}
 COMPUTE = LEAVES | {"_core", "ops"}
 REQUEST = LEAVES | {
     "model_files",
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "reuse_types": {"errors", "checks"},
     "types": {"errors", "checks", "reuse_types"},
     "config": {"errors"},
+    "memory": set(),
     "progress": set(),
     "ops": LEAVES | {"_core", "kernels"},
     "layers": LEAVES | {"ops"},

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from kvlite.errors import KvliteError
 
 MAGIC = b"kvlf"
-VERSION = 1
+VERSION = 2
 """Of handshake and envelope; both sides must have the same."""
 MAC_BYTES = 16
 _FIELDS = struct.Struct("<4sBBHQII16s")

@@ -88,7 +88,7 @@ class Decoder:
     def forward(self, batch: ForwardBatch, kv_pool: torch.Tensor, probes: Sequence[Probe] = ()) -> torch.Tensor:
         """Runs all layers, stores every row's keys and values in `kv_pool`, returns normalised hidden states [T', W].
 
-        kv_pool [num_blocks, layers, 2, block_size, KH, D] in the model's dtype. T' are the rows that no probe lets
+        kv_pool [num_blocks, layers, 2, KH, block_size, D] in the model's dtype. T' are the rows that no probe lets
         leave (`probe.rows_to_the_end`), without probes all T. The result is a view of a buffer that the next call
         overwrites. T >= 1.
         """
@@ -165,9 +165,10 @@ class Decoder:
         """Key and value cache of each layer, [num_blocks, block_size, KH, D]; cut once per pool."""
         if self._kv_pool is not kv_pool:
             c = self.config
-            expected = (kv_pool.shape[0], c.num_layers, 2, kv_pool.shape[3], c.num_kv_heads, c.head_dim)
+            expected = (kv_pool.shape[0], c.num_layers, 2, c.num_kv_heads, kv_pool.shape[4], c.head_dim)
             assert kv_pool.shape == expected and kv_pool.dtype == self.dtype, "the pool is made from the model's config"
-            self._kv_views = [(kv_pool[:, i, 0], kv_pool[:, i, 1]) for i in range(c.num_layers)]
+            by_slot = kv_pool.transpose(3, 4)
+            self._kv_views = [(by_slot[:, i, 0], by_slot[:, i, 1]) for i in range(c.num_layers)]
             self._kv_pool = kv_pool
         return self._kv_views
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 
 from kvlite.errors import ModelLoadError
+from kvlite.memory import allocate
 from kvlite.models.config import read_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -196,8 +197,13 @@ class Checkpoint:
         """
         loaded: dict[str, torch.Tensor] = {}
         targets: dict[str, torch.Tensor] = {}
-        for param in params:
-            whole = torch.empty(param.shape, dtype=dtypes[param.name], device=device)
+        params = list(params)
+        wanted = [(param.shape, dtypes[param.name]) for param in params]
+        if device.type == "cpu":
+            made = allocate(wanted)
+        else:
+            made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
+        for param, whole in zip(params, made, strict=True):
             loaded[param.name] = whole
             sizes = [shape[0] for _, shape in param.parts]
             targets.update(zip((name for name, _ in param.parts), torch.split(whole, sizes), strict=True))

@@ -1,13 +1,12 @@
 """`KVPool`: the memory of all KV blocks, the links of reused text, and the device-resident block tables.
 
-Owns the pool tensor `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, the same in main memory for the host
+Owns the pool tensor `[num_blocks, layers, 2, kv_heads, block_size, head_dim]`, the same in main memory for the host
 tier (pinned beside a GPU), the block table `[max_num_seqs + 1, blocks per sequence]` (its last row is reserved for
 padding) and the budgets. Decides nothing: the core says which block goes where. Called by model_runner.py.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvlite.memory import allocate
 from kvlite.reuse import NUM_LINKS, ScoreEntry
 from kvlite.runner.plan import CopyDirection, Int32, Plan, as_rows
 from kvlite.runner.upload import upload
@@ -63,10 +63,9 @@ class KVPool:
         self.shape = shape
         self.num_blocks = num_blocks
         self.host_blocks = host_blocks
-        sizes = (shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim)
+        sizes = (shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
         if device.type == "cpu":
-            self.data = _untouched(shape, num_blocks)
-            self.host = _untouched(shape, host_blocks)
+            self.data, self.host = allocate([((count, *sizes), shape.dtype) for count in (num_blocks, host_blocks)])
         else:
             self.data = torch.zeros((num_blocks, *sizes), dtype=shape.dtype, device=device)
             self.host = torch.empty((host_blocks, *sizes), dtype=shape.dtype, pin_memory=host_blocks > 0)
@@ -127,14 +126,6 @@ def runs(copies: Int32) -> list[list[int]]:
     first = np.flatnonzero(np.append(True, (np.diff(copies, axis=0) != 1).any(axis=1)))
     length = np.diff(np.append(first, len(copies)))
     return as_rows(np.column_stack([copies[first], length]).astype(np.int32))
-
-
-def _untouched(shape: KVShape, num_blocks: int) -> torch.Tensor:
-    """Zeroed by the system at the first touch: blocks that nobody used yet cost no memory."""
-    sizes = (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim)
-    if not num_blocks:
-        return torch.empty(sizes, dtype=shape.dtype)
-    return torch.frombuffer(mmap.mmap(-1, num_blocks * shape.bytes_per_block), dtype=shape.dtype).view(sizes)
 
 
 def host_budget_bytes(wanted: int | None, pool_bytes: int, device: torch.device) -> int:

@@ -11,12 +11,10 @@
 //! so a row's result depends on its query and its visible keys alone. Tasks are (row tile, KV head), or one split of a row
 //! that would keep others waiting (`plan`), whose results are merged at the end (`parts`). Rows of a prefix group walk the
 //! splits that they share as one tile first (`groups`). A line is one head of one row. With AVX-512 (`wide` says when), a
-//! tile is two matrix products per split. Elsewhere few lines read keys as they lie (`heads`), and tiles of many turn each
-//! split's keys once and score them for several lines together (`columns`).
+//! tile is two matrix products per split with instructions of its own; elsewhere it is the same two in plain Rust (`lines`).
 
-mod columns;
 mod groups;
-mod heads;
+mod lines;
 mod parts;
 mod plan;
 #[cfg(target_arch = "x86_64")]
@@ -26,18 +24,16 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 pub use self::groups::PrefixGroups;
+pub(crate) use self::lines::score;
 use self::parts::{Parts, Results};
 use self::plan::Tile;
 use crate::isa::by_isa;
-use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
+use crate::lanes::{self, Column, LANES, SCORES, SPLIT, fetch, widen};
 use crate::view::CacheLayout;
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
 
-/// With more (row, head) lines than this a tile copies each split to a contiguous f32 tile first: blocks of a pool lie a
-/// power of two apart and would evict each other from the caches between lines.
-const PACK_LINES: usize = 4;
-/// From so many lines on, turning the keys of a split costs less than it saves.
-const COLUMN_LINES: usize = 24;
+/// Keys between the one that is read and the one that is fetched meanwhile: blocks lie anywhere.
+const AHEAD: usize = 32;
 
 /// Arguments of `attention`. T rows, H query heads, KH KV heads, S sequences.
 #[derive(Clone, Copy, Debug)]
@@ -138,16 +134,14 @@ struct Scratch {
     values: Side,
 }
 
-/// Where the K (or V) vectors of the current split lie.
+/// The keys (or values) of the current split, as f32 in the order in which products read them.
 #[derive(Default)]
 pub(crate) struct Side {
-    /// Start of each key's vector, in the cache or in `packed`.
-    pub(crate) offsets: Vec<usize>,
-    /// The split as contiguous f32 rows of the padded dim; unused when the cache is read in place.
-    packed: Vec<f32>,
-    is_packed: bool,
-    /// The split as columns (`lanes::turn`), where it was turned.
-    pub(crate) columns: Vec<f32>,
+    /// Start of each key's vector in the cache, and of some behind the split.
+    offsets: Vec<usize>,
+    /// Some vectors as f32, [LANES, dim].
+    rows: Vec<f32>,
+    pub(crate) columns: Vec<Column>,
 }
 
 thread_local! {
@@ -170,45 +164,79 @@ fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize
 }
 
 impl Side {
-    /// Finds the keys `range` of one split (offsets count from `range.start`) and packs them when `pack` or when they
-    /// cannot be read in place (other format, dim not whole chunks).
+    /// Loads the keys `range` of one split as columns [chunks of LANES keys, dim], one dimension of LANES keys each; the
+    /// last key stands for those that fill its chunk. Keys up to `limit` will be read next.
     #[inline(always)]
-    pub(crate) fn load<E: Element>(
+    pub(crate) fn turn<E: Element, const FUSED: bool>(
         &mut self,
         cache: &KvCache<'_, E>,
         table: &[i32],
         range: Range<usize>,
+        limit: usize,
         kv_head: usize,
-        pack: bool,
     ) {
-        let layout: &CacheLayout = &cache.layout;
-        self.offsets.clear();
-        find(layout, table, range, kv_head, &mut self.offsets);
-        self.is_packed = pack || E::as_f32(cache.values).is_none() || !layout.dim.is_multiple_of(LANES);
-        if self.is_packed {
-            let dim = layout.dim.next_multiple_of(LANES);
-            self.packed.resize(SPLIT * dim, 0.0);
-            for (offset, target) in self.offsets.iter_mut().zip(self.packed.chunks_exact_mut(dim)) {
-                widen(&cache.values[*offset..*offset + layout.dim], target);
-            }
-            for (i, offset) in self.offsets.iter_mut().enumerate() {
-                *offset = i * dim;
+        let dim = self.find(cache, table, &range, limit, kv_head);
+        let last = range.len() - 1;
+        let Side { offsets, rows, columns } = self;
+        let in_place = E::as_f32(cache.values).filter(|_| cache.layout.dim == dim);
+        for (chunk, columns) in columns.chunks_exact_mut(dim).enumerate().take(last / LANES + 1) {
+            let ahead = offsets.iter().skip(chunk * LANES + AHEAD).take(LANES);
+            ahead.for_each(|&offset| fetch(cache.values, offset, cache.layout.dim));
+            let offsets: [usize; LANES] = std::array::from_fn(|i| offsets[last.min(chunk * LANES + i)]);
+            if let Some(values) = in_place {
+                lanes::turn::<FUSED>(offsets.map(|offset| &values[offset..][..dim]), columns);
+            } else {
+                for (row, offset) in rows.chunks_exact_mut(dim).zip(offsets) {
+                    widen(&cache.values[offset..][..cache.layout.dim], row);
+                }
+                lanes::turn::<FUSED>(std::array::from_fn(|i| &rows[i * dim..][..dim]), columns);
             }
         }
     }
 
-    /// Turns the split that was loaded and packed.
+    /// As `turn`, but columns [dim / LANES, SPLIT], LANES dimensions of one value each.
     #[inline(always)]
-    pub(crate) fn turn(&mut self, dim: usize) {
-        let keys = self.offsets.len();
-        self.columns.resize(SPLIT * dim, 0.0);
-        lanes::turn(self.packed[..keys * dim].chunks_exact(dim), dim, &mut self.columns);
+    fn spread<E: Element>(
+        &mut self,
+        cache: &KvCache<'_, E>,
+        table: &[i32],
+        range: Range<usize>,
+        limit: usize,
+        kv_head: usize,
+    ) {
+        let dim = self.find(cache, table, &range, limit, kv_head);
+        let Side { offsets, columns, .. } = self;
+        for key in 0..range.len() {
+            if let Some(&ahead) = offsets.get(key + AHEAD) {
+                fetch(cache.values, ahead, cache.layout.dim);
+            }
+            let value = &cache.values[offsets[key]..][..cache.layout.dim];
+            let (whole, rest) = value.as_chunks::<LANES>();
+            for (panel, lanes) in whole.iter().enumerate() {
+                columns[panel * SPLIT + key].0 = lanes.map(E::to_f32);
+            }
+            if !rest.is_empty() {
+                widen(rest, &mut columns[(dim / LANES - 1) * SPLIT + key].0);
+            }
+        }
     }
 
-    /// The memory that `offsets` count in.
+    /// Finds the vectors of a split and some behind it; returns the padded dim.
     #[inline(always)]
-    pub(crate) fn memory<'a, E: Element>(&'a self, cache: &KvCache<'a, E>) -> &'a [f32] {
-        if self.is_packed { &self.packed } else { E::as_f32(cache.values).expect("other formats are packed") }
+    fn find<E: Element>(
+        &mut self,
+        cache: &KvCache<'_, E>,
+        table: &[i32],
+        range: &Range<usize>,
+        limit: usize,
+        kv_head: usize,
+    ) -> usize {
+        let dim = cache.layout.dim.next_multiple_of(LANES);
+        self.offsets.clear();
+        find(&cache.layout, table, range.start..limit.min(range.end + AHEAD), kv_head, &mut self.offsets);
+        self.rows.resize(LANES * dim, 0.0);
+        self.columns.resize(SPLIT * dim / LANES, Column::default());
+        dim
     }
 }
 
@@ -231,39 +259,36 @@ fn tile_body<E: Element, const FUSED: bool>(
     let group = args.q.heads / args.k_cache.layout.kv_heads;
     let dim = args.q.dim.next_multiple_of(LANES);
     let lines = tile.rows.len() * group;
-    scratch.start(lines, group, dim);
+    scratch.start(lines, dim);
     for line in 0..lines {
         let place = (tile.rows.at(line / group), kv_head * group + line % group);
         widen(args.q.head(place.0, place.1), &mut scratch.q[line * dim..][..dim]);
         results.resume(tile.begun, line, kv_head, &mut scratch.state[line], &mut scratch.acc[line * dim..][..dim]);
     }
-    let turns = lines >= COLUMN_LINES;
-    if turns {
-        scratch.turn_queries(dim);
-    }
     let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
     let mut split = tile.keys.start / SPLIT * SPLIT;
     while split < tile.keys.end {
         let range = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
-        let pack = lines > PACK_LINES;
-        scratch.keys.load(&args.k_cache, table, range.clone(), kv_head, pack);
-        scratch.values.load(&args.v_cache, table, range.clone(), kv_head, pack);
-        let seen = |row: usize| {
-            let visible = args.visible(tile.sequence, row);
+        scratch.keys.turn::<E, FUSED>(&args.k_cache, table, range.clone(), tile.keys.end, kv_head);
+        scratch.values.spread(&args.v_cache, table, range.clone(), tile.keys.end, kv_head);
+        let seen = |line: usize| {
+            let visible = args.visible(tile.sequence, tile.rows.at(line / group));
             let keys = visible.start.max(range.start)..visible.end.min(range.end);
             keys.start.saturating_sub(range.start)..keys.end.saturating_sub(range.start)
         };
-        if turns {
-            scratch.keys.turn(dim);
-            let lines = (0..lines).map(|line| (line, seen(tile.rows.at(line / group))));
-            columns::tile_split::<E, FUSED>(args, scratch, lines);
-        } else {
-            for i in 0..tile.rows.len() {
-                let keys = seen(tile.rows.at(i));
+        // As many groups as there must be, as even as they can be.
+        let groups = lines.div_ceil(lines::LINES);
+        for i in 0..groups {
+            let mut some: [lines::Seen; lines::LINES] = Default::default();
+            let mut count = 0;
+            for line in lines * i / groups..lines * (i + 1) / groups {
+                let keys = seen(line);
                 if !keys.is_empty() {
-                    heads::row_split::<E, FUSED>(args, scratch, i * group..(i + 1) * group, keys);
+                    some[count] = (line, keys);
+                    count += 1;
                 }
             }
+            lines::add_split::<E, FUSED>(args, scratch, &some[..count]);
         }
         split += SPLIT;
     }
@@ -274,26 +299,14 @@ fn tile_body<E: Element, const FUSED: bool>(
 }
 
 impl Scratch {
-    fn start(&mut self, lines: usize, group: usize, dim: usize) {
+    fn start(&mut self, lines: usize, dim: usize) {
         self.q.resize(lines * dim, 0.0);
         self.acc.clear();
         self.acc.resize(lines * dim, 0.0);
         self.state.clear();
         self.state.resize(lines, (f32::NEG_INFINITY, 0.0));
-        self.partial.resize(group.max(columns::LINES) * dim, 0.0);
-        self.scores.resize(group.max(columns::LINES) * SCORES, 0.0);
-    }
-
-    /// Puts the dimensions of every query into the order of turned keys.
-    #[inline(always)]
-    fn turn_queries(&mut self, dim: usize) {
-        let mut turned = vec![0.0; dim];
-        for q in self.q.chunks_exact_mut(dim) {
-            for (at, value) in turned.iter_mut().enumerate() {
-                *value = q[lanes::turned(at, dim)];
-            }
-            q.copy_from_slice(&turned);
-        }
+        self.partial.resize(lines::LINES * dim, 0.0);
+        self.scores.resize(lines::LINES * SCORES, 0.0);
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::attention::{Side, check_groups};
+use crate::attention::{Side, check_groups, score};
 use crate::isa::by_isa;
 use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
@@ -92,10 +92,9 @@ fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<
     let kv_heads = args.k_cache.layout.kv_heads;
     let (group, dim) = (args.q.heads / kv_heads, args.q.dim.next_multiple_of(LANES));
     let mut side = Side::default();
-    let (mut q, mut turned, mut scores) = (vec![0.0; dim], vec![0.0; HEADS * dim], vec![0.0; HEADS * SCORES]);
+    let (mut q, mut scores) = (vec![0.0; HEADS * dim], vec![0.0; HEADS * SCORES]);
     for kv_head in 0..kv_heads {
-        side.load(&args.k_cache, args.block_table.row(0), keys.clone(), kv_head, true);
-        side.turn(dim);
+        side.turn::<E, FUSED>(&args.k_cache, args.block_table.row(0), keys.clone(), keys.end, kv_head);
         let lines = args.rows.len() * group;
         for first in (0..lines).step_by(HEADS) {
             let count = HEADS.min(lines - first);
@@ -104,13 +103,13 @@ fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<
                 let row = args.rows[(first + i) / group] as usize; // checked by `check`
                 let end = (i64::from(args.last_key[row]) + 1).clamp(keys.start as i64, keys.end as i64) as usize;
                 seen[i] = end - keys.start;
-                widen(args.q.head(row, kv_head * group + (first + i) % group), &mut q);
-                let target = turned[i * dim..(i + 1) * dim].iter_mut().enumerate();
-                target.for_each(|(at, value)| *value = q[lanes::turned(at, dim)]);
+                widen(args.q.head(row, kv_head * group + (first + i) % group), &mut q[i * dim..][..dim]);
             }
             let chunks = 0..seen.iter().max().copied().unwrap_or(0).div_ceil(LANES);
-            let queries: [&[f32]; HEADS] = std::array::from_fn(|i| &turned[i * dim..(i + 1) * dim]);
-            lanes::column_scores::<HEADS, FUSED>(queries, &side.columns, chunks, args.scale, &mut scores);
+            let queries: [&[f32]; HEADS] = std::array::from_fn(|i| &q[i * dim..][..dim]);
+            for chunk in chunks {
+                score::<HEADS, 1, FUSED>(queries, &side.columns, chunk, args.scale, &mut scores);
+            }
             for (i, scores) in scores.chunks_exact(SCORES).enumerate().take(count) {
                 let row = args.rows[(first + i) / group] as usize;
                 let lse = args.lse.head(row, kv_head * group + (first + i) % group)[0];

@@ -1,11 +1,10 @@
-//! The inner loops: dot products, softmax of one split, weighted sums of values.
+//! The inner loops: products of lines with columns, softmax of one split.
 //!
 //! Written over fixed arrays of lanes so that LLVM turns them into vector instructions of whatever width the caller is
-//! compiled for; all are `inline(always)` into `by_isa!` bodies. Every sum has one order, given by indices alone:
-//! dot products add lane-wise and then as a tree, values add key by key. Vectors are padded to `LANES` by the caller.
+//! compiled for; all are `inline(always)` into `by_isa!` bodies. Every sum has one order, given by indices alone. Vectors
+//! are padded to `LANES` by the caller.
 
 use std::cell::Cell;
-use std::ops::Range;
 
 use crate::Element;
 
@@ -15,8 +14,6 @@ pub(crate) const LANES: usize = 16;
 pub(crate) const SPLIT: usize = 256;
 /// Row length of a score buffer: one split and room to pad it.
 pub(crate) const SCORES: usize = SPLIT + LANES;
-/// Keys whose values stay in the first-level cache between passes over the head dimension.
-const VALUE_KEYS: usize = 32;
 
 #[inline(always)]
 pub(crate) fn madd<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
@@ -87,145 +84,110 @@ pub(crate) fn exp<const FUSED: bool>(x: f32) -> f32 {
     if x > 88.3 { f32::INFINITY } else { y }
 }
 
-/// Scores of `G` query vectors against keys `range` of a split: `scores[g][i] = scale * q[g] . key[i]`.
-///
-/// `q` [G, dim], padded · key i at `keys[offsets[i]..][..dim]` · `scores` [G, SCORES].
-#[inline(always)]
-pub(crate) fn scores<const G: usize, const K: usize, const FUSED: bool>(
-    q: &[f32],
-    keys: &[f32],
-    offsets: &[usize],
-    dim: usize,
-    range: Range<usize>,
-    scale: f32,
-    scores: &mut [f32],
-) {
-    let mut i = range.start;
-    while i + K <= range.end {
-        dots::<G, K, FUSED>(q, keys, &offsets[i..i + K], dim, scale, &mut scores[i..]);
-        i += K;
-    }
-    while i < range.end {
-        dots::<G, 1, FUSED>(q, keys, &offsets[i..i + 1], dim, scale, &mut scores[i..]);
-        i += 1;
-    }
-}
-
-/// `G * K` dot products at once: enough independent sums to keep the multiply-add units busy.
-#[inline(always)]
-fn dots<const G: usize, const K: usize, const FUSED: bool>(
-    q: &[f32],
-    keys: &[f32],
-    offsets: &[usize],
-    dim: usize,
-    scale: f32,
-    scores: &mut [f32],
-) {
-    let q: [&[Lane]; G] = std::array::from_fn(|g| q[g * dim..(g + 1) * dim].as_chunks().0);
-    let k: [&[Lane]; K] = std::array::from_fn(|i| keys[offsets[i]..offsets[i] + dim].as_chunks().0);
-    let mut acc = [[[0.0f32; LANES]; K]; G];
-    for c in 0..dim / LANES {
-        for i in 0..K {
-            for g in 0..G {
-                acc[g][i] = fma::<FUSED>(&q[g][c], &k[i][c], &acc[g][i]);
-            }
-        }
-    }
-    for g in 0..G {
-        for i in 0..K {
-            scores[g * SCORES + i] = sum(acc[g][i]) * scale;
-        }
-    }
-}
-
 /// Lanes in the order in which `sum` pairs them.
 pub(crate) const PAIRED: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
 
-/// Key vectors turned into columns, so that scores need no sum across lanes: per chunk of LANES keys, [dim][LANES], the
-/// dimensions in the order of `turned`. `keys` yields vectors of the padded dim; `columns` has room for whole chunks.
+/// LANES values that a product meets together. Aligned, or every load of them would touch two cache lines.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+pub(crate) struct Column(pub(crate) Lane);
+
+/// Half of a lane: a register of AVX2.
+const HALF: usize = LANES / 2;
+
+/// Turns LANES vectors into columns, [dim]; the length of the vectors is a multiple of LANES.
 #[inline(always)]
-pub(crate) fn turn<'a>(keys: impl Iterator<Item = &'a [f32]>, dim: usize, columns: &mut [f32]) {
-    let chunks = dim / LANES;
-    let (columns, _) = columns.as_chunks_mut::<LANES>();
-    for (i, key) in keys.enumerate() {
-        let block = &mut columns[i / LANES * dim..][..dim];
-        for (c, key) in key.as_chunks::<LANES>().0.iter().enumerate() {
-            for (at, &lane) in PAIRED.iter().enumerate() {
-                block[at * chunks + c][i % LANES] = key[lane];
+pub(crate) fn turn<const FUSED: bool>(vectors: [&[f32]; LANES], columns: &mut [Column]) {
+    for (d, columns) in columns.chunks_exact_mut(HALF).enumerate() {
+        for half in 0..2 {
+            let square = std::array::from_fn(|i| {
+                *vectors[half * HALF + i][d * HALF..].first_chunk().expect("vectors are padded to whole chunks")
+            });
+            for (column, row) in columns.iter_mut().zip(transposed::<FUSED>(square)) {
+                column.0[half * HALF..][..HALF].copy_from_slice(&row);
             }
         }
     }
 }
 
-/// The dimension at place `at` of a turned vector: those that `dots` adds in one lane follow each other.
+/// [i][j] becomes [j][i].
 #[inline(always)]
-pub(crate) fn turned(at: usize, dim: usize) -> usize {
-    let chunks = dim / LANES;
-    at % chunks * LANES + PAIRED[at / chunks]
-}
-
-/// As `scores`, bit by bit, of turned query vectors against `chunks` of turned keys.
-#[inline(always)]
-pub(crate) fn column_scores<const G: usize, const FUSED: bool>(
-    q: [&[f32]; G],
-    columns: &[f32],
-    chunks: Range<usize>,
-    scale: f32,
-    scores: &mut [f32],
-) {
-    match q[0].len() / LANES {
-        4 => of_columns::<G, 4, FUSED>(q, columns, chunks, scale, scores),
-        8 => of_columns::<G, 8, FUSED>(q, columns, chunks, scale, scores),
-        _ => of_columns::<G, 0, FUSED>(q, columns, chunks, scale, scores),
+fn transposed<const FUSED: bool>(rows: [[f32; HALF]; HALF]) -> [[f32; HALF]; HALF] {
+    #[cfg(target_arch = "x86_64")]
+    if FUSED {
+        // SAFETY: on this architecture `by_isa` fuses only where AVX2 was found.
+        #[allow(unsafe_code)]
+        return unsafe { transposed_avx2(rows) };
     }
+    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
 }
 
-/// `D` chunks of LANES dimensions; 0 = as many as there are.
+/// Pairs of rows, then pairs of pairs, then halves change places.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn transposed_avx2(rows: [[f32; HALF]; HALF]) -> [[f32; HALF]; HALF] {
+    use std::arch::x86_64::*;
+    // SAFETY: both are 32 bytes in which every bit pattern is a value.
+    #[allow(unsafe_code)]
+    let rows = rows.map(|row| unsafe { std::mem::transmute::<[f32; HALF], __m256>(row) });
+    let mut twos = rows;
+    for i in (0..HALF).step_by(2) {
+        twos[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        twos[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    let mut fours = twos;
+    for i in (0..HALF).step_by(4) {
+        fours[i] = _mm256_shuffle_ps::<0x44>(twos[i], twos[i + 2]);
+        fours[i + 1] = _mm256_shuffle_ps::<0xee>(twos[i], twos[i + 2]);
+        fours[i + 2] = _mm256_shuffle_ps::<0x44>(twos[i + 1], twos[i + 3]);
+        fours[i + 3] = _mm256_shuffle_ps::<0xee>(twos[i + 1], twos[i + 3]);
+    }
+    let mut columns = fours;
+    for i in 0..HALF / 2 {
+        columns[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
+        columns[i + 4] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
+    }
+    // SAFETY: as above.
+    #[allow(unsafe_code)]
+    columns.map(|column| unsafe { std::mem::transmute::<__m256, [f32; HALF]>(column) })
+}
+
+/// `sums[g][p] += left[g][k] * right[p][k]` for every k of the left side, in ascending order.
 #[inline(always)]
-fn of_columns<const G: usize, const D: usize, const FUSED: bool>(
-    q: [&[f32]; G],
-    columns: &[f32],
-    chunks: Range<usize>,
-    scale: f32,
-    scores: &mut [f32],
-) {
-    let len = if D > 0 { D } else { q[0].len() / LANES };
-    let (columns, _) = columns.as_chunks::<LANES>();
-    // Lanes are added in pairs, pairs in pairs: a sum waits at each level for the other half.
-    let mut waiting = [[[0.0; LANES]; G]; LANES.ilog2() as usize];
-    for chunk in chunks {
-        for (at, keys) in columns[chunk * len * LANES..(chunk + 1) * len * LANES].chunks_exact(len).enumerate() {
-            let q: [&[f32]; G] = std::array::from_fn(|g| &q[g][at * len..][..len]);
-            let mut acc = [[0.0; LANES]; G];
-            for c in 0..len {
-                for g in 0..G {
-                    acc[g] = fma::<FUSED>(&[q[g][c]; LANES], &keys[c], &acc[g]);
-                }
-            }
-            let mut level = 0;
-            while at >> level & 1 == 1 {
-                for g in 0..G {
-                    acc[g] = plus(&waiting[level][g], &acc[g]);
-                }
-                level += 1;
-            }
-            match waiting.get_mut(level) {
-                Some(place) => *place = acc,
-                None => {
-                    for (g, total) in acc.iter().enumerate() {
-                        let target = &mut scores[g * SCORES + chunk * LANES..][..LANES];
-                        target.copy_from_slice(&total.map(|score| score * scale));
-                    }
-                }
+pub(crate) fn product<const G: usize, const P: usize, const FUSED: bool>(
+    left: [&[f32]; G],
+    right: [&[Column]; P],
+    mut sums: [[Lane; P]; G],
+) -> [[Lane; P]; G] {
+    let len = left[0].len();
+    let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][..len]);
+    let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][..len]);
+    for k in 0..len {
+        for g in 0..G {
+            let factor = [left[g][k]; LANES];
+            for p in 0..P {
+                sums[g][p] = fma::<FUSED>(&factor, &right[p][k].0, &sums[g][p]);
             }
         }
     }
+    sums
 }
 
-/// Lane by lane.
+/// Asks for `len` elements of `memory` that are read later.
 #[inline(always)]
-pub(crate) fn plus(a: &Lane, b: &Lane) -> Lane {
-    std::array::from_fn(|i| a[i] + b[i])
+pub(crate) fn fetch<E>(memory: &[E], offset: usize, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..(len * size_of::<E>()).div_ceil(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch touches no memory that the program can see, at any address.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(memory.as_ptr().wrapping_add(offset).wrapping_byte_add(line * 64).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (memory, offset, len);
 }
 
 /// Turns scores into weights `exp(score - max)` in place; returns (max, sum of weights).
@@ -250,62 +212,6 @@ pub(crate) fn softmax<const FUSED: bool>(scores: &mut [f32]) -> (f32, f32) {
         }
     }
     (max, sum(total))
-}
-
-/// `acc[g] += weights[g][i] * value[i]` for keys `range` of a split, in ascending order of keys.
-///
-/// `weights` [G, SCORES] · value i at `values[offsets[i]..][..dim]` · `acc` [G, dim]. `W * G` lanes stay in registers.
-#[inline(always)]
-pub(crate) fn accumulate<const G: usize, const W: usize, const FUSED: bool>(
-    weights: &[f32],
-    values: &[f32],
-    offsets: &[usize],
-    dim: usize,
-    range: Range<usize>,
-    acc: &mut [f32],
-) {
-    let mut first = range.start;
-    while first < range.end {
-        let keys = first..range.end.min(first + VALUE_KEYS);
-        first = keys.end;
-        let mut column = 0;
-        while column + W <= dim {
-            columns::<G, W, FUSED>(weights, values, offsets, (dim, column), keys.clone(), acc);
-            column += W;
-        }
-        while column < dim {
-            columns::<G, LANES, FUSED>(weights, values, offsets, (dim, column), keys.clone(), acc);
-            column += LANES;
-        }
-    }
-}
-
-#[inline(always)]
-fn columns<const G: usize, const W: usize, const FUSED: bool>(
-    weights: &[f32],
-    values: &[f32],
-    offsets: &[usize],
-    (dim, column): (usize, usize),
-    keys: Range<usize>,
-    acc: &mut [f32],
-) {
-    let weights: [&[f32]; G] = std::array::from_fn(|g| &weights[g * SCORES + keys.start..g * SCORES + keys.end]);
-    let offsets = &offsets[keys.clone()];
-    let mut sums: [[f32; W]; G] = std::array::from_fn(|g| {
-        *acc[g * dim + column..].first_chunk().expect("accumulators are padded to whole chunks")
-    });
-    for (i, &offset) in offsets.iter().enumerate() {
-        let value: &[f32; W] = values[offset + column..].first_chunk().expect("values are padded to whole chunks");
-        for g in 0..G {
-            let weight = weights[g][i];
-            for lane in 0..W {
-                sums[g][lane] = madd::<FUSED>(weight, value[lane], sums[g][lane]);
-            }
-        }
-    }
-    for g in 0..G {
-        acc[g * dim + column..][..W].copy_from_slice(&sums[g]);
-    }
 }
 
 /// `acc = acc * keep + new * add`, element by element.

@@ -9,9 +9,10 @@
 //! ```
 //!
 //! From a dozen rows on, where a lane takes two registers, four weight rows meet x together (`quads`). A product always
-//! adds the same lanes in the same order, so a row's result depends on that row alone. Many rows of bf16 have a form of
-//! their own (`many`), which adds in the same order where that is asked for.
+//! adds the same lanes in the same order, so a row's result depends on that row alone. Many rows have forms of their own:
+//! of bf16 (`many`), which adds in the same order where that is asked for, and as f32 (`columns`), where it is not.
 
+mod columns;
 #[cfg(target_arch = "x86_64")]
 mod many;
 #[cfg(target_arch = "x86_64")]
@@ -56,6 +57,7 @@ struct Scratch {
     /// A block of weights as f32.
     widened: Vec<f32>,
     quads: quads::Scratch,
+    columns: columns::Scratch,
     /// Products of a piece before they are rounded, [rows, weight rows].
     sums: Vec<f32>,
 }
@@ -91,6 +93,10 @@ pub fn linear<A: Element, W: Element>(
         many::compute(exec, args, out);
         return Ok(());
     }
+    if !native && !args.invariant && args.x.rows >= columns::FEWEST_ROWS {
+        PACKED.with_borrow_mut(|(wide, _)| columns::compute(exec, args, &as_f32(&args.x, wide), out));
+        return Ok(());
+    }
     PACKED.with_borrow_mut(|(wide, narrow)| {
         for start in (0..args.x.rows).step_by(BLOCK_ROWS) {
             let rows = start..args.x.rows.min(start + BLOCK_ROWS);
@@ -110,6 +116,18 @@ pub fn linear<A: Element, W: Element>(
         }
     });
     Ok(())
+}
+
+/// The rows as they lie, or copied to `wide`.
+fn as_f32<'a, A: Element>(x: &Rows<'a, A>, wide: &'a mut Vec<f32>) -> Vec<&'a [f32]> {
+    if A::as_f32(&[]).is_some() {
+        return (0..x.rows).map(|row| A::as_f32(x.row(row)).expect("they are f32")).collect();
+    }
+    wide.resize(x.rows * x.dim, 0.0);
+    if x.dim > 0 {
+        wide.chunks_exact_mut(x.dim).enumerate().for_each(|(row, target)| widen(x.row(row), target));
+    }
+    (0..x.rows).map(|row| &wide[row * x.dim..][..x.dim]).collect()
 }
 
 impl<A: Element, W: Element> Linear<'_, A, W> {

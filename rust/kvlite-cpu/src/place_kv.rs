@@ -96,12 +96,11 @@ fn place_rows_body<E: Element, const FUSED: bool>(
     for row in rows {
         let (source, target) = (args.source_slot[row] as usize, args.target_slot[row] as usize); // checked by `check`
         let (cos, sin) = (args.cos.row(args.positions[row] as usize), args.sin.row(args.positions[row] as usize));
-        // SAFETY: `check` found the targets distinct and none of them a source; tasks have distinct (row, layer) pairs.
-        #[allow(unsafe_code)]
-        let ((k, new_k), (v, new_v)) = unsafe {
-            (pool.source_and_target(layer, 0, source, target), pool.source_and_target(layer, 1, source, target))
-        };
-        for (k, new_k) in k.chunks_exact(pool.dim).zip(new_k.chunks_exact_mut(pool.dim)) {
+        for kv_head in 0..pool.kv_heads {
+            // SAFETY: `check` found the targets distinct and none of them a source; tasks have distinct (row, layer) pairs.
+            #[allow(unsafe_code)]
+            let [(k, new_k), (v, new_v)] =
+                [0, 1].map(|side| unsafe { pool.source_and_target(layer, side, kv_head, source, target) });
             let ((low, high), (new_low, new_high)) =
                 (k[..2 * half].split_at(half), new_k[..2 * half].split_at_mut(half));
             let angles = cos.iter().zip(sin);
@@ -113,7 +112,7 @@ fn place_rows_body<E: Element, const FUSED: bool>(
                 *new_b = E::from_f32(turned_b);
             }
             new_k[2 * half..].copy_from_slice(&k[2 * half..]);
+            new_v.copy_from_slice(v);
         }
-        new_v.copy_from_slice(v);
     }
 }

@@ -282,7 +282,7 @@ impl<'a, E: Element> KvCacheCells<'a, E> {
     }
 }
 
-/// All layers of the pool to read and write in place: [blocks, layers, 2, block_size, kv_heads, dim] without gaps.
+/// All layers of the pool to read and write in place: [blocks, layers, 2, kv_heads, block_size, dim] without gaps.
 ///
 /// Shared between threads that touch disjoint rows.
 #[derive(Debug)]
@@ -303,7 +303,7 @@ unsafe impl<E: Send> Sync for PoolMut<'_, E> {}
 impl<'a, E: Element> PoolMut<'a, E> {
     /// Errors unless `values` has exactly the elements of `shape`, and K and V in its third dimension.
     pub fn new(name: &'static str, values: &'a mut [E], shape: [usize; 6]) -> Result<Self, Error> {
-        let [num_blocks, layers, sides, block_size, kv_heads, dim] = shape;
+        let [num_blocks, layers, sides, kv_heads, block_size, dim] = shape;
         let len = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
         if len != Some(values.len()) || sides != 2 || block_size == 0 || kv_heads == 0 || dim == 0 {
             return Err(Error::Extent { name, len: values.len() });
@@ -312,7 +312,7 @@ impl<'a, E: Element> PoolMut<'a, E> {
         Ok(PoolMut { values, num_blocks, layers, block_size, kv_heads, dim, memory: PhantomData })
     }
 
-    /// One layer's K (side 0) or V (side 1) of two slots, all heads: one to read, one to write.
+    /// One KV head's K (side 0) or V (side 1) of two slots in one layer: one to read, one to write.
     ///
     /// # Safety
     /// The slots differ, nobody writes `source` and nobody else touches `target` while the slices live.
@@ -322,17 +322,18 @@ impl<'a, E: Element> PoolMut<'a, E> {
         &self,
         layer: usize,
         side: usize,
+        kv_head: usize,
         source: usize,
         target: usize,
     ) -> (&[E], &mut [E]) {
         let slots = self.num_blocks * self.block_size;
-        assert!(layer < self.layers && side < 2 && source < slots && target < slots);
-        let width = self.kv_heads * self.dim;
+        assert!(layer < self.layers && side < 2 && kv_head < self.kv_heads && source < slots && target < slots);
+        let width = self.dim;
         let offset = |slot: usize| {
             let (block, within) = (slot / self.block_size, slot % self.block_size);
-            (((block * self.layers + layer) * 2 + side) * self.block_size + within) * width
+            ((((block * self.layers + layer) * 2 + side) * self.kv_heads + kv_head) * self.block_size + within) * width
         };
-        // SAFETY: `new` checked the extent, layer, side and slots lie in it; the caller answers for aliasing.
+        // SAFETY: `new` checked the extent, layer, side, head and slots lie in it; the caller answers for aliasing.
         unsafe {
             (
                 std::slice::from_raw_parts(self.values.add(offset(source)), width),

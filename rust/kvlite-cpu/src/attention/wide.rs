@@ -17,19 +17,16 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use self::product::{Lying, Turned, add_product, round};
-use self::words::{PANEL, Row, fetch, lanes_of, load, transposed, word};
+use self::words::{PANEL, Row, lanes_of, load, transposed, word};
 use super::parts::Results;
 use super::plan::Tile;
-use super::{Attention, find, merge, weigh};
+use super::{AHEAD, Attention, find, merge, weigh};
 use crate::Element;
 use crate::isa::{Isa, Kind};
-use crate::lanes::{LANES, Lane, SCORES, SPLIT};
+use crate::lanes::{LANES, Lane, SCORES, SPLIT, fetch};
 
 /// Most lines that meet a panel together: their sums fill 16 of 32 registers.
 const LINES: usize = 8;
-/// Keys between the one that is read and the one that is fetched meanwhile: blocks lie anywhere.
-const AHEAD: usize = 32;
-
 /// Buffers of one thread, kept between tasks and calls.
 #[derive(Default)]
 struct Scratch {

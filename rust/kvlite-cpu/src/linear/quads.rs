@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use super::{Linear, Packed};
-use crate::lanes::{LANES, Lane, madd, sum, widen};
+use crate::lanes::{LANES, Lane, fetch, madd, sum, widen};
 use crate::{Element, RowsMut};
 
 /// With fewer rows the two streams of `piece_body` are as fast or faster (Zen 3: 0.8x at 4 rows, 1.2x at 16).
@@ -66,7 +66,7 @@ pub(super) fn compute<A: Element, W: Element, const FUSED: bool>(
             }
             for &n in ahead.as_flattened() {
                 let row = args.weight.row(n);
-                fetch(&row[from * LANES..row.len().min((from + PART) * LANES)]);
+                fetch(row, from * LANES, row.len().min((from + PART) * LANES) - from * LANES);
             }
             for ((_, rows, x), sums) in x.groups().zip(sums.chunks_exact_mut(WEIGHTS)) {
                 let x = &x[part.start * rows..part.end * rows];
@@ -118,19 +118,4 @@ fn add_half<const R: usize, const FROM: usize, const FUSED: bool>(
             sums[FROM..FROM + HALF].copy_from_slice(acc);
         }
     }
-}
-
-/// Asks for the memory of `values` without waiting for it.
-#[inline(always)]
-fn fetch<E>(values: &[E]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in values.chunks((64 / size_of::<E>()).max(1)) {
-        // SAFETY: a hint; it may name any address and changes nothing.
-        #[allow(unsafe_code)]
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
 }

@@ -56,9 +56,9 @@ fn check_poison<E: Element>(window: usize, dim: usize, keys: std::ops::Range<usi
         let (heads, stride, width) = (problem.shape.heads, problem.row_stride(), stride_used(&problem));
         for key in keys.clone() {
             let block = problem.table[problem.seq_row[0] as usize * problem.table_blocks + key / 16] as usize;
-            for side in 0..2 {
-                let start = ((block * 2 + side) * 16 + key % 16) * 2 * dim;
-                problem.pool[start..start + 2 * dim].fill(E::from_f32(f32::NAN));
+            for side_and_head in 0..4 {
+                let start = ((block * 4 + side_and_head) * 16 + key % 16) * dim;
+                problem.pool[start..start + dim].fill(E::from_f32(f32::NAN));
             }
         }
         let after = problem.run(&exec);
@@ -259,7 +259,7 @@ fn block_size_and_placement_never_change_a_bit() {
                     let block = other.table[row * other.table_blocks + key / block_size] as usize;
                     for side in 0..2 {
                         for head in 0..2 {
-                            let start = (((block * 2 + side) * block_size + key % block_size) * 2 + head) * 64;
+                            let start = (((block * 2 + side) * 2 + head) * block_size + key % block_size) * 64;
                             let vector = reference.key(side, row, key, head);
                             other.pool[start..start + 64].iter_mut().zip(vector).for_each(|(t, s)| *t = s as f32);
                         }

@@ -144,6 +144,22 @@ fn a_row_keeps_its_bits_alone_among_others_and_on_any_number_of_threads() {
     check_law::<bf16, bf16>();
 }
 
+/// Without `invariant` the law holds among products of as many rows as have a form of their own.
+#[test]
+fn a_row_of_many_as_f32_keeps_its_bits_among_others() {
+    for isa in Isa::available() {
+        let [alone, together] = [1, 3].map(|threads| Exec { isa, threads: Threads::new(threads) });
+        let all = Problem::<f32, bf16>::new(100, 1100, 150, true);
+        let (out, stride) = (all.run_as(&together, false), all.inputs + GAP);
+        for (first, count) in [(0, 100), (0, 20), (1, 20), (7, 23), (40, 60), (61, 37)] {
+            let x = all.x[first * stride..(first + count) * stride].to_vec();
+            let some = Problem { rows: count, x, weight: all.weight.clone(), bias: all.bias.clone(), ..all };
+            let expected = &out[first * (all.outputs + GAP)..][..count * (all.outputs + GAP)];
+            assert_eq!(bits(&some.run_as(&alone, false)), bits(expected), "{isa:?}: rows {first}..+{count}");
+        }
+    }
+}
+
 #[test]
 fn a_row_of_nan_stays_in_its_row() {
     for exec in every_isa() {

@@ -76,8 +76,11 @@ impl<E: Element> Problem<E> {
             for key in 0..context {
                 let block = table[row * table_blocks + key / block_size] as usize;
                 for side in 0..2 {
-                    let start = block * block_len + (side * block_size + key % block_size) * kv_heads * dim;
-                    pool[start..start + kv_heads * dim].fill_with(|| E::from_f32(rng.unit()));
+                    for head in 0..kv_heads {
+                        let start =
+                            block * block_len + ((side * kv_heads + head) * block_size + key % block_size) * dim;
+                        pool[start..start + dim].fill_with(|| E::from_f32(rng.unit()));
+                    }
                 }
             }
             query_start.push(query_start[s] + queries as i32);
@@ -104,7 +107,7 @@ impl<E: Element> Problem<E> {
     pub fn caches(&self) -> (KvCache<'_, E>, KvCache<'_, E>) {
         let Shape { kv_heads, dim, block_size, .. } = self.shape;
         let half = block_size * kv_heads * dim;
-        let (shape, strides) = ([self.num_blocks, block_size, kv_heads, dim], [2 * half, kv_heads * dim, dim]);
+        let (shape, strides) = ([self.num_blocks, block_size, kv_heads, dim], [2 * half, dim, block_size * dim]);
         (
             KvCache::new("k_cache", &self.pool, shape, strides).expect("fits"),
             KvCache::new("v_cache", &self.pool[half..], shape, strides).expect("fits"),
@@ -150,8 +153,7 @@ impl<E: Element> Problem<E> {
     pub fn key(&self, side: usize, seq_row: usize, key: usize, kv_head: usize) -> Vec<f64> {
         let Shape { kv_heads, dim, block_size, .. } = self.shape;
         let block = self.table[seq_row * self.table_blocks + key / block_size] as usize;
-        let slot = (block * 2 + side) * block_size + key % block_size;
-        let start = (slot * kv_heads + kv_head) * dim;
+        let start = (((block * 2 + side) * kv_heads + kv_head) * block_size + key % block_size) * dim;
         self.pool[start..start + dim].iter().map(|x| f64::from(x.to_f32())).collect()
     }
 

@@ -24,15 +24,19 @@ fn bits<E: Element>(values: &[E]) -> Vec<u32> {
 }
 
 /// Rows of one side of one layer, packed.
-fn gather<E: Element>(pool: &[E], layer: usize, side: usize, slots: &[i32], width: usize) -> Vec<E> {
-    let at = |slot: usize| (((slot / BLOCK_SIZE * LAYERS + layer) * 2 + side) * BLOCK_SIZE + slot % BLOCK_SIZE) * width;
-    slots.iter().flat_map(|&slot| pool[at(slot as usize)..][..width].to_vec()).collect()
+fn gather<E: Element>(pool: &[E], layer: usize, side: usize, slots: &[i32], [kv_heads, dim]: [usize; 2]) -> Vec<E> {
+    let at = |slot: usize, head: usize| {
+        let heads = ((slot / BLOCK_SIZE * LAYERS + layer) * 2 + side) * kv_heads + head;
+        (heads * BLOCK_SIZE + slot % BLOCK_SIZE) * dim
+    };
+    let each = slots.iter().flat_map(|&slot| (0..kv_heads).map(move |head| (slot as usize, head)));
+    each.flat_map(|(slot, head)| pool[at(slot, head)..][..dim].to_vec()).collect()
 }
 
 fn check<E: Element>(rows: usize) {
     for ((kv_heads, dim, half), exec) in SHAPES.into_iter().flat_map(|s| every_isa().into_iter().map(move |e| (s, e))) {
         let width = kv_heads * dim;
-        let shape = [BLOCKS, LAYERS, 2, BLOCK_SIZE, kv_heads, dim];
+        let shape = [BLOCKS, LAYERS, 2, kv_heads, BLOCK_SIZE, dim];
         let mut pool = random::<E>(shape.iter().product(), 1);
         let (cos, sin) = (random::<f32>(30 * half, 2), random::<f32>(30 * half, 3));
         let table = |values| Rows::new("table", values, [30, 1, half], half).expect("fits");
@@ -42,8 +46,8 @@ fn check<E: Element>(rows: usize) {
 
         let mut expected = pool.clone();
         for layer in 0..LAYERS {
-            let mut k = gather(&pool, layer, 0, &source, width);
-            let v = gather(&pool, layer, 1, &source, width);
+            let mut k = gather(&pool, layer, 0, &source, [kv_heads, dim]);
+            let v = gather(&pool, layer, 1, &source, [kv_heads, dim]);
             let cells =
                 |values| RowsCells::new("k", Cell::from_mut(values).as_slice_of_cells(), [rows, kv_heads, dim], width);
             let mut none: [E; 0] = [];
@@ -60,7 +64,7 @@ fn check<E: Element>(rows: usize) {
             let memory = Cell::from_mut(&mut expected[..]).as_slice_of_cells();
             let half_block = BLOCK_SIZE * width;
             let cache = |side: usize| {
-                let strides = [LAYERS * 2 * half_block, width, dim];
+                let strides = [LAYERS * 2 * half_block, dim, BLOCK_SIZE * dim];
                 let start = (layer * 2 + side) * half_block;
                 KvCacheCells::new("cache", &memory[start..], [BLOCKS, BLOCK_SIZE, kv_heads, dim], strides)
                     .expect("fits")
@@ -92,7 +96,7 @@ fn placed_rows_have_the_bits_of_rope_and_store_kv_and_nothing_else_changes() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let shape = [400, 6, 2, 16, 2, 64];
+    let shape = [400, 6, 2, 2, 16, 64];
     let rows = 3000;
     let (source, target): (Vec<i32>, Vec<i32>) = ((0..rows).collect(), (rows..2 * rows).collect());
     let (cos, sin) = (random::<f32>(3000 * 32, 2), random::<f32>(3000 * 32, 3));
@@ -109,7 +113,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 fn refused(source: &[i32], target: &[i32], positions: &[i32], half: usize) -> Error {
-    let shape = [2, 1, 2, 4, 1, 6];
+    let shape = [2, 1, 2, 1, 4, 6];
     let mut pool = vec![f32::NAN; shape.iter().product()];
     let table = vec![0.0f32; 10 * half];
     let table = Rows::new("table", &table, [10, 1, half], half).expect("fits");
@@ -138,8 +142,8 @@ fn what_is_wrong_is_named_and_nothing_is_written() {
 
 #[test]
 fn a_pool_of_another_size_is_no_pool() {
-    for shape in [[2, 1, 2, 4, 1, 7], [2, 1, 1, 4, 1, 12], [usize::MAX, 2, 2, 4, 1, 6]] {
+    for shape in [[2, 1, 2, 1, 4, 7], [2, 1, 1, 1, 4, 12], [usize::MAX, 2, 2, 1, 4, 6]] {
         assert!(matches!(PoolMut::new("kv_pool", &mut [0.0f32; 96], shape), Err(Error::Extent { .. })));
     }
-    assert!(PoolMut::new("kv_pool", &mut [0.0f32; 96], [2, 1, 2, 4, 1, 6]).is_ok());
+    assert!(PoolMut::new("kv_pool", &mut [0.0f32; 96], [2, 1, 2, 1, 4, 6]).is_ok());
 }

@@ -10,9 +10,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::words::{Row, bf16s, fetch, floats, interleaved, lane, load, pairs, vectors, word};
+use super::words::{Row, bf16s, floats, interleaved, lane, load, pairs, vectors, word};
 use crate::Element;
-use crate::lanes::{LANES, Lane};
+use crate::lanes::{LANES, Lane, fetch};
 
 /// The right side: word `k` of a panel.
 pub(super) trait Right: Copy {

@@ -45,19 +45,6 @@ pub(super) fn load<E: Element, const NATIVE: bool>(memory: &[E], offset: usize, 
     }
 }
 
-/// Asks for a vector that is read later.
-#[inline(always)]
-pub(super) fn fetch<E: Element>(memory: &[E], offset: usize, dim: usize) {
-    let address = memory.as_ptr().wrapping_add(offset);
-    for line in 0..(dim * size_of::<E>()).div_ceil(64) {
-        // SAFETY: a prefetch touches no memory that the program can see, at any address.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(address.wrapping_byte_add(line * 64).cast());
-        }
-    }
-}
-
 /// Rows become columns: pairs of words, then pairs of pairs, then quarters.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
 #[inline]
