@@ -74,10 +74,9 @@ def test_rows_up_to_the_crossing_take_our_own_form_and_no_more(
     monkeypatch.setattr(ops_module, "_crossings", {})
     monkeypatch.setattr(ops_module, "_few_rows", lambda *_: most)
     cpu, reference = select(torch.device("cpu"), "cpu"), select(torch.device("cpu"), "reference")
-    assert cpu.invariant_linear is not None
     weight = numbers(256, 1000, dtype=dtype)
     own = ops_module._RustKernels(_core).linear
-    few_and_more = ((most, cpu.invariant_linear), (most + 1, reference.linear))
+    few_and_more = ((most, own), (most + 1, reference.linear))
     for num_rows, form in ((MANY_ROWS, own),) if most == ANY_ROWS else few_and_more:
         x = numbers(num_rows, 1000, dtype=dtype)
         out, expected = (poison(num_rows, 256, dtype=dtype) for _ in range(2))
@@ -87,11 +86,8 @@ def test_rows_up_to_the_crossing_take_our_own_form_and_no_more(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the forms of the CPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("crossing", [*FEW_ROWS, MANY_ROWS])
-def test_the_crossing_is_where_the_other_form_becomes_faster(
-    crossing: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_crossing_is_where_the_other_form_becomes_faster(crossing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
 
     def costing(seconds_of: Callable[[int], float]) -> LinearOp:
@@ -103,5 +99,5 @@ def test_the_crossing_is_where_the_other_form_becomes_faster(
 
     monkeypatch.setattr("kvlite.ops.time.perf_counter", lambda: clock)
     few, many = costing(float), costing(lambda num_rows: crossing + 0.5)
-    most = ANY_ROWS if dtype == torch.bfloat16 else FEW_ROWS[-1]
-    assert ops_module._few_rows(dtype, dtype, few, many) == (most if crossing == MANY_ROWS else crossing)
+    found = ops_module._few_rows(torch.float32, torch.bfloat16, few, many)
+    assert found == (ANY_ROWS if crossing == MANY_ROWS else crossing)
