@@ -80,7 +80,7 @@ class Driver:
     def kv(self, row: Row) -> torch.Tensor:
         """Keys and values of a sequence in position order, [layers, 2, n, KH, D]."""
         pages = self.pool[self.block_table[row.index].long()]
-        flat = pages.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+        flat = pages.permute(1, 2, 0, 4, 3, 5).flatten(2, 3)
         return flat[:, :, : len(row.tokens)]
 
     def greedy(self, prompt: list[int], num_tokens: int, chunk: int | None = None) -> list[int]:
