@@ -1,7 +1,7 @@
 //! Products of many rows where all is f32 in registers: weights are turned once and then meet every row of x.
 //!
 //! ```text
-//!   16 weight rows, turned   k: w0 w1 .. w15      a task turns as many as its second-level cache holds
+//!   16 weight rows, turned   k: w0 w1 .. w15      a task turns as many as its second-level cache holds, part by part of K
 //!   6 rows of x              x0[k] .. x5[k]       each in every lane: 12 registers of sums with AVX2
 //! ```
 //!
@@ -12,25 +12,31 @@ use std::ops::Range;
 
 use super::Linear;
 use crate::isa::by_isa;
-use crate::lanes::{Column, LANES, fetch, product, turn, widen};
+use crate::lanes::{Column, LANES, Lane, fetch, product, turn, widen};
 use crate::{Element, Exec, RowsMut};
 
 /// With fewer rows turning costs more than it saves.
 pub(super) const FEWEST_ROWS: usize = 20;
 /// Rows of x that meet a weight together.
 const GROUP: usize = 6;
+/// Rows of x that turned weights serve: their sums wait in the second-level cache between two parts of K.
+const BLOCK_ROWS: usize = 512;
+/// Inputs in a part of K: a group's rows of it stay in the first-level cache while every panel of a task meets them.
+const PART: usize = 1024;
 /// Turned weights of a task: with some rows of x they stay in the second-level cache.
 const PIECE_BYTES: usize = 320 << 10;
 /// Inputs that are widened before they are turned: 16 rows of them stay in the first-level cache.
-const PART: usize = 128;
+const WIDENED: usize = 128;
 
 /// Buffers of one thread, kept between calls.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Turned weights of a task, [panels of LANES weight rows, K].
+    /// A part of a task's weights, turned: [panels of LANES weight rows, PART].
     columns: Vec<Column>,
-    /// A part of LANES weight rows as f32, [LANES, PART].
-    part: Vec<f32>,
+    /// LANES weight rows as f32, [LANES, WIDENED].
+    widened: Vec<f32>,
+    /// Of a block of rows, [rows, panels].
+    sums: Vec<Lane>,
 }
 
 /// `linear` of rows `x` [T, K], which are those of `args` as f32.
@@ -42,7 +48,7 @@ pub(super) fn compute<A: Element, W: Element>(
 ) {
     let (outputs, inputs) = (args.weight.rows, args.x.dim);
     let panels = outputs.div_ceil(LANES);
-    let of_task = (PIECE_BYTES / (inputs * LANES * size_of::<f32>()).max(1)).max(1);
+    let of_task = PIECE_BYTES / (PART.min(inputs).max(1) * LANES * size_of::<f32>());
     let pieces = panels.div_ceil(of_task).next_multiple_of(exec.threads.count()).min(panels);
     exec.threads.run(pieces, x.len() * outputs * inputs, |task| {
         let piece = panels * task / pieces..panels * (task + 1) / pieces;
@@ -66,68 +72,90 @@ fn piece_body<A: Element, W: Element, const FUSED: bool>(
     scratch: &mut Scratch,
     out: &RowsMut<'_, A>,
 ) {
-    let inputs = args.x.dim.next_multiple_of(LANES).max(LANES);
-    scratch.columns.resize(panels.len() * inputs, Column::default());
-    scratch.part.resize(LANES * PART, 0.0);
-    for (panel, columns) in panels.clone().zip(scratch.columns.chunks_exact_mut(inputs)) {
-        turn_panel::<A, W, FUSED>(args, panel, &mut scratch.part, columns);
-    }
-    let groups = x.len().div_ceil(GROUP);
-    for i in 0..groups {
-        let rows = x.len() * i / groups..x.len() * (i + 1) / groups;
-        for (panel, columns) in panels.clone().zip(scratch.columns.chunks_exact(inputs)) {
-            match rows.len() {
-                1 => write::<A, W, 1, FUSED>(args, x, rows.start, panel, columns, out),
-                2 => write::<A, W, 2, FUSED>(args, x, rows.start, panel, columns, out),
-                3 => write::<A, W, 3, FUSED>(args, x, rows.start, panel, columns, out),
-                4 => write::<A, W, 4, FUSED>(args, x, rows.start, panel, columns, out),
-                5 => write::<A, W, 5, FUSED>(args, x, rows.start, panel, columns, out),
-                _ => write::<A, W, GROUP, FUSED>(args, x, rows.start, panel, columns, out),
+    let Scratch { columns, widened, sums } = scratch;
+    widened.resize(LANES * WIDENED, 0.0);
+    columns.resize(panels.len() * PART, Column::default());
+    for (block, x) in x.chunks(BLOCK_ROWS).enumerate() {
+        sums.clear();
+        sums.resize(x.len() * panels.len(), [0.0; LANES]);
+        for start in (0..args.x.dim).step_by(PART) {
+            let part = start..args.x.dim.min(start + PART);
+            for (panel, columns) in panels.clone().zip(columns.chunks_exact_mut(PART)) {
+                turn_panel::<A, W, FUSED>(args, panel, &part, widened, columns);
             }
+            let groups = x.len().div_ceil(GROUP);
+            for i in 0..groups {
+                let rows = x.len() * i / groups..x.len() * (i + 1) / groups;
+                let sums = &mut sums[rows.start * panels.len()..rows.end * panels.len()];
+                match rows.len() {
+                    1 => add::<1, FUSED>(&x[rows], &part, columns, sums),
+                    2 => add::<2, FUSED>(&x[rows], &part, columns, sums),
+                    3 => add::<3, FUSED>(&x[rows], &part, columns, sums),
+                    4 => add::<4, FUSED>(&x[rows], &part, columns, sums),
+                    5 => add::<5, FUSED>(&x[rows], &part, columns, sums),
+                    _ => add::<GROUP, FUSED>(&x[rows], &part, columns, sums),
+                }
+            }
+        }
+        for (row, sums) in sums.chunks_exact(panels.len()).enumerate() {
+            write(args, block * BLOCK_ROWS + row, &panels, sums.as_flattened(), out);
         }
     }
 }
 
-/// Turns LANES weight rows; the last row stands for those that do not exist.
+/// Turns a part of LANES weight rows; the last row stands for those that do not exist.
 #[inline(always)]
 fn turn_panel<A: Element, W: Element, const FUSED: bool>(
     args: &Linear<'_, A, W>,
     panel: usize,
-    part: &mut [f32],
+    part: &Range<usize>,
+    widened: &mut [f32],
     columns: &mut [Column],
 ) {
-    let (last, inputs) = (args.weight.rows - 1, args.x.dim);
-    for (start, columns) in (0..inputs).step_by(PART).zip(columns.chunks_mut(PART)) {
-        let len = PART.min(inputs - start);
-        for (i, target) in part.chunks_exact_mut(PART).enumerate() {
+    let last = args.weight.rows - 1;
+    for (start, columns) in part.clone().step_by(WIDENED).zip(columns.chunks_mut(WIDENED)) {
+        let len = WIDENED.min(part.end - start);
+        let padded = len.next_multiple_of(LANES);
+        for (i, target) in widened.chunks_exact_mut(WIDENED).enumerate() {
             // The same part of the next panel: rows lie so far apart that the reader alone does not look ahead.
             fetch(args.weight.row(last.min((panel + 1) * LANES + i)), start, len);
-            widen(&args.weight.row(last.min(panel * LANES + i))[start..start + len], &mut target[..columns.len()]);
+            widen(&args.weight.row(last.min(panel * LANES + i))[start..start + len], &mut target[..padded]);
         }
-        turn::<FUSED>(std::array::from_fn(|i| &part[i * PART..][..columns.len()]), columns);
+        turn::<FUSED>(std::array::from_fn(|i| &widened[i * WIDENED..][..padded]), &mut columns[..padded]);
     }
 }
 
-/// Writes the products of `G` rows of x, the first of which is row `first`, with a panel.
+/// Adds a part of K to the sums of `G` rows of x with every panel, [G, panels].
 #[inline(always)]
-fn write<A: Element, W: Element, const G: usize, const FUSED: bool>(
+fn add<const G: usize, const FUSED: bool>(x: &[&[f32]], part: &Range<usize>, columns: &[Column], sums: &mut [Lane]) {
+    let panels = sums.len() / G;
+    let x: [&[f32]; G] = std::array::from_fn(|g| &x[g][part.clone()]);
+    for (panel, columns) in columns.chunks_exact(PART).enumerate().take(panels) {
+        let old = std::array::from_fn(|g| [sums[g * panels + panel]]);
+        for (g, [new]) in product::<G, 1, FUSED>(x, [columns], old).into_iter().enumerate() {
+            sums[g * panels + panel] = new;
+        }
+    }
+}
+
+/// Writes the outputs of `panels` for one row, the bias added.
+#[inline(always)]
+fn write<A: Element, W: Element>(
     args: &Linear<'_, A, W>,
-    x: &[&[f32]],
-    first: usize,
-    panel: usize,
-    columns: &[Column],
+    row: usize,
+    panels: &Range<usize>,
+    sums: &[f32],
     out: &RowsMut<'_, A>,
 ) {
-    let sums = product::<G, 1, FUSED>(std::array::from_fn(|g| x[first + g]), [columns], [[[0.0; LANES]; 1]; G]);
-    let outputs = panel * LANES..args.weight.rows.min((panel + 1) * LANES);
-    for (g, [sums]) in sums.iter().enumerate() {
-        let mut sums = *sums;
-        if let Some(bias) = args.bias {
-            sums.iter_mut().zip(&bias[outputs.clone()]).for_each(|(sum, bias)| *sum += bias.to_f32());
+    let outputs = panels.start * LANES..args.weight.rows.min(panels.end * LANES);
+    // SAFETY: tasks have distinct ranges of outputs.
+    #[allow(unsafe_code)]
+    let target = unsafe { out.heads_mut(row, outputs.clone()) };
+    match args.bias.map(|bias| &bias[outputs]) {
+        Some(bias) => {
+            let sums = sums.iter().zip(bias);
+            target.iter_mut().zip(sums).for_each(|(target, (sum, bias))| *target = A::from_f32(sum + bias.to_f32()));
         }
-        // SAFETY: tasks have distinct ranges of outputs.
-        #[allow(unsafe_code)]
-        let target = unsafe { out.heads_mut(first + g, outputs.clone()) };
-        target.iter_mut().zip(sums).for_each(|(target, sum)| *target = A::from_f32(sum));
+        None => target.iter_mut().zip(sums).for_each(|(target, &sum)| *target = A::from_f32(sum)),
     }
 }
