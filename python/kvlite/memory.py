@@ -1,7 +1,7 @@
 """Main memory for what every step reads whole: weights and KV, in huge pages where the system grants them.
 
-With pages of 4 KiB a read of either spends much of its time on page walks, most of all on a virtual machine, where each is a
-walk of walks. Called by `models.weights` and `runner.kv_pool`.
+With pages of 4 KiB a read of either spends much of its time on page walks, most of all on a virtual machine, where
+each is a walk of walks. Called by `models.weights` and `runner.kv_pool`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ALIGNMENT = 64
 def allocate(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[torch.Tensor]:
     """A contiguous tensor of zeros for each (shape, dtype), side by side in one mapping.
 
-    The system zeroes a page when it is first touched, and hands it out then: what nobody uses costs nothing. The memory is
-    free again when the last of the tensors is. Raises OSError when there is no room in the address space.
+    The system zeroes a page when it is first touched, and hands it out then: what nobody uses costs nothing. The
+    memory is free again when the last of the tensors is. Raises OSError when there is no room in the address space.
     """
     starts, end = list[int](), 0
     for shape, dtype in wanted:

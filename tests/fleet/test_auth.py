@@ -31,7 +31,7 @@ from kvlite.fleet.auth import (
 from kvlite.fleet.dial import connect, listen, shake_hands
 from kvlite.fleet.links import Link
 from kvlite.fleet.messages import OWNER
-from kvlite.fleet.wire import Limits, LinkDownError, LinkError
+from kvlite.fleet.wire import VERSION, Limits, LinkDownError, LinkError
 from tests.fleet.link_pairs import KEY, KINDS, MODEL, bare, config, free_address, pair, run, stream_pair
 
 LIMITS = Limits(1 << 20, 1 << 20, 1 << 16)
@@ -146,7 +146,7 @@ def test_a_stranger_is_refused_by_both_sides(
 def test_another_version_is_named(tmp_path: Path) -> None:
     hello = bytearray(identity().hello(bytes(32)))
     hello[4:6] = struct.pack("<H", 9)
-    with pytest.raises(MismatchError, match="speaks version 9, this one 1"):
+    with pytest.raises(MismatchError, match=f"speaks version 9, this one {VERSION}"):
         read_hello(bytes(hello))
 
 

@@ -16,6 +16,7 @@ from kvlite.fleet.wire import (
     HEADER_BYTES,
     MAC_BYTES,
     MAGIC,
+    VERSION,
     Channel,
     CutFrameError,
     EnvelopeError,
@@ -136,8 +137,8 @@ async def say_twice_the_window(sealer: Sealer, wire: Wire) -> None:
 
 SAYINGS: dict[str, tuple[Say, type[LinkError], str]] = {
     "another protocol": (raw(b"HTTP/1.1 200 OK\r\n" * 8), ForeignEnvelopeError, "begins with b'HTTP'"),
-    "another version": (raw(MAGIC + b"\7" + bytes(99)), ForeignEnvelopeError, "has version 7, must be 1"),
-    "no MAC": (raw(MAGIC + b"\1" + bytes(99)), ForgedFrameError, "MAC of a header"),
+    "another version": (raw(MAGIC + b"\7" + bytes(99)), ForeignEnvelopeError, f"has version 7, must be {VERSION}"),
+    "no MAC": (raw(MAGIC + bytes([VERSION]) + bytes(99)), ForgedFrameError, "MAC of a header"),
     "unknown channel": (sealed(77), ForeignEnvelopeError, "channel 77"),
     "reserved bits": (say_reserved_bits, ForeignEnvelopeError, "reserved bits 1"),
     "large frame": (sealed(Channel.CONTROL, bytes(5000)), OversizedError, "5000 bytes, must be at most 4096"),
