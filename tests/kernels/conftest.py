@@ -6,7 +6,11 @@ before Triton is imported and other tests of the same process may have imported 
 """
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -20,6 +24,24 @@ BACKENDS = TRITON if INTERPRETED else ["reference", "cpu", *TRITON]
 
 def _select(backend: str) -> Ops:
     return select(torch.device("cuda" if backend == "triton" and ON_GPU else "cpu"), backend)
+
+
+@pytest.fixture(autouse=INTERPRETED, scope="session")
+def products_by_row() -> Iterator[None]:
+    """Interpreted products make each row alone, as a matrix unit does.
+
+    The interpreter takes NumPy's, whose library chooses by the number of rows how it adds (seen with AVX2).
+    """
+    whole = np.matmul
+
+    def by_row(a: npt.NDArray[Any], b: npt.NDArray[Any], **options: Any) -> npt.NDArray[Any]:
+        if a.ndim != 2:
+            return whole(a, b, **options)
+        return np.concatenate([whole(a[row : row + 1], b, **options) for row in range(len(a))])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "matmul", by_row)
+        yield
 
 
 @pytest.fixture(params=BACKENDS)
