@@ -27,9 +27,7 @@ def allocate(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[torch.
     for shape, dtype in wanted:
         starts.append(end)
         end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    if not end:
-        return [torch.zeros(*shape, dtype=dtype) for shape, dtype in wanted]
-    mapped = mmap.mmap(-1, end)
+    mapped = mmap.mmap(-1, max(end, 1))  # of nothing there is no mapping
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)

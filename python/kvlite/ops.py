@@ -302,7 +302,7 @@ def _few_rows(dtype: torch.dtype, weight_dtype: torch.dtype, few: LinearOp, many
     """The most rows of FEW_ROWS, or ANY_ROWS, for which `few` is not slower than `many`, with the present threads.
 
     The crossing depends on the machine: some multiply matrices with units of their own, some have no 16-bit products.
-    Costs some tens of milliseconds, once for each pair of formats.
+    Costs a tenth or two of a second, once for each pair of formats.
     """
     weight = torch.randn(CROSSING_SHAPE, generator=torch.Generator().manual_seed(0)).to(weight_dtype)
 

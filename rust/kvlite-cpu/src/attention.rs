@@ -122,7 +122,7 @@ pub(crate) fn check_groups(heads: usize, kv_heads: usize) -> Result<(), Error> {
 struct Scratch {
     /// Queries of the tile, [rows, group, dim], f32.
     q: Vec<f32>,
-    /// Running (max, sum) per line, then (max, sum) of the current partial results.
+    /// Running (max, sum) per line.
     state: Vec<(f32, f32)>,
     /// Running output per line, [rows, group, dim].
     acc: Vec<f32>,
@@ -132,6 +132,19 @@ struct Scratch {
     scores: Vec<f32>,
     keys: Side,
     values: Side,
+}
+
+/// Keys of one split in a sequence's cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Split<'a, 'e, E> {
+    pub(crate) cache: &'a KvCache<'e, E>,
+    /// The sequence's row.
+    pub(crate) table: &'a [i32],
+    pub(crate) kv_head: usize,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    /// Keys up to here will be read next.
+    pub(crate) limit: usize,
 }
 
 /// The keys (or values) of the current split, as f32 in the order in which products read them.
@@ -164,20 +177,14 @@ fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize
 }
 
 impl Side {
-    /// Loads the keys `range` of one split as columns [chunks of LANES keys, dim], one dimension of LANES keys each; the
-    /// last key stands for those that fill its chunk. Keys up to `limit` will be read next.
+    /// Loads the keys of `split` as columns [chunks of LANES keys, dim], one dimension of LANES keys each; the last key
+    /// stands for those that fill its chunk.
     #[inline(always)]
-    pub(crate) fn turn<E: Element, const FUSED: bool>(
-        &mut self,
-        cache: &KvCache<'_, E>,
-        table: &[i32],
-        range: Range<usize>,
-        limit: usize,
-        kv_head: usize,
-    ) {
-        let dim = self.find(cache, table, &range, limit, kv_head);
-        let last = range.len() - 1;
+    pub(crate) fn turn<E: Element, const FUSED: bool>(&mut self, split: &Split<'_, '_, E>) {
+        let (cache, dim) = (split.cache, self.find(split));
+        let last = split.end - split.start - 1;
         let Side { offsets, rows, columns } = self;
+        rows.resize(LANES * dim, 0.0);
         let in_place = E::as_f32(cache.values).filter(|_| cache.layout.dim == dim);
         for (chunk, columns) in columns.chunks_exact_mut(dim).enumerate().take(last / LANES + 1) {
             let ahead = offsets.iter().skip(chunk * LANES + AHEAD).take(LANES);
@@ -196,17 +203,10 @@ impl Side {
 
     /// As `turn`, but columns [dim / LANES, SPLIT], LANES dimensions of one value each.
     #[inline(always)]
-    fn spread<E: Element>(
-        &mut self,
-        cache: &KvCache<'_, E>,
-        table: &[i32],
-        range: Range<usize>,
-        limit: usize,
-        kv_head: usize,
-    ) {
-        let dim = self.find(cache, table, &range, limit, kv_head);
+    fn spread<E: Element>(&mut self, split: &Split<'_, '_, E>) {
+        let (cache, dim) = (split.cache, self.find(split));
         let Side { offsets, columns, .. } = self;
-        for key in 0..range.len() {
+        for key in 0..split.end - split.start {
             if let Some(&ahead) = offsets.get(key + AHEAD) {
                 fetch(cache.values, ahead, cache.layout.dim);
             }
@@ -223,18 +223,12 @@ impl Side {
 
     /// Finds the vectors of a split and some behind it; returns the padded dim.
     #[inline(always)]
-    fn find<E: Element>(
-        &mut self,
-        cache: &KvCache<'_, E>,
-        table: &[i32],
-        range: &Range<usize>,
-        limit: usize,
-        kv_head: usize,
-    ) -> usize {
-        let dim = cache.layout.dim.next_multiple_of(LANES);
+    fn find<E: Element>(&mut self, split: &Split<'_, '_, E>) -> usize {
+        let layout = &split.cache.layout;
+        let dim = layout.dim.next_multiple_of(LANES);
         self.offsets.clear();
-        find(&cache.layout, table, range.start..limit.min(range.end + AHEAD), kv_head, &mut self.offsets);
-        self.rows.resize(LANES * dim, 0.0);
+        let keys = split.start..split.limit.min(split.end + AHEAD);
+        find(layout, split.table, keys, split.kv_head, &mut self.offsets);
         self.columns.resize(SPLIT * dim / LANES, Column::default());
         dim
     }
@@ -269,8 +263,9 @@ fn tile_body<E: Element, const FUSED: bool>(
     let mut split = tile.keys.start / SPLIT * SPLIT;
     while split < tile.keys.end {
         let range = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
-        scratch.keys.turn::<E, FUSED>(&args.k_cache, table, range.clone(), tile.keys.end, kv_head);
-        scratch.values.spread(&args.v_cache, table, range.clone(), tile.keys.end, kv_head);
+        let (start, end, limit) = (range.start, range.end, tile.keys.end);
+        scratch.keys.turn::<E, FUSED>(&Split { cache: &args.k_cache, table, kv_head, start, end, limit });
+        scratch.values.spread(&Split { cache: &args.v_cache, table, kv_head, start, end, limit });
         let seen = |line: usize| {
             let visible = args.visible(tile.sequence, tile.rows.at(line / group));
             let keys = visible.start.max(range.start)..visible.end.min(range.end);

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::attention::{Side, check_groups, score};
+use crate::attention::{Side, Split, check_groups, score};
 use crate::isa::by_isa;
 use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
@@ -94,7 +94,9 @@ fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<
     let mut side = Side::default();
     let (mut q, mut scores) = (vec![0.0; HEADS * dim], vec![0.0; HEADS * SCORES]);
     for kv_head in 0..kv_heads {
-        side.turn::<E, FUSED>(&args.k_cache, args.block_table.row(0), keys.clone(), keys.end, kv_head);
+        let table = args.block_table.row(0);
+        let (start, end) = (keys.start, keys.end);
+        side.turn::<E, FUSED>(&Split { cache: &args.k_cache, table, kv_head, start, end, limit: end });
         let lines = args.rows.len() * group;
         for first in (0..lines).step_by(HEADS) {
             let count = HEADS.min(lines - first);

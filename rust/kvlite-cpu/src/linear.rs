@@ -36,7 +36,8 @@ const PIECE_ROWS: usize = 16;
 const BLOCK_LEN: usize = 4096;
 /// More groups than this share one widening of 16-bit weights; fewer widen them again in registers.
 const WIDEN_GROUPS: usize = 3;
-/// Most rows of x in a tile: with two weight rows their sums fill 12 of the 32 registers of AVX-512 ...
+/// Most rows of x in a tile: with two weight rows their sums fill 12 of the 32 registers of AVX-512, or with a panel of
+/// `columns` 12 of the 16 of AVX2 ...
 const GROUP: usize = 6;
 /// ... or 24, where a product of two vectors is one instruction and takes its second from memory.
 const NATIVE_GROUP: usize = 12;
@@ -219,17 +220,18 @@ impl<'a, P: Element, const C: usize> Packed<'a, P, C> {
 
 /// `$tile::<$types, R, FUSED>(...)` with R = `$rows`, 1 to GROUP.
 macro_rules! by_rows {
-    ($rows:expr, $tile:ident < $($types:ty),+ > => $arguments:tt) => {
+    ($rows:expr, $tile:ident < $($types:ty),* > => $arguments:tt) => {
         match $rows {
-            1 => $tile::<$($types),+, 1, FUSED> $arguments,
-            2 => $tile::<$($types),+, 2, FUSED> $arguments,
-            3 => $tile::<$($types),+, 3, FUSED> $arguments,
-            4 => $tile::<$($types),+, 4, FUSED> $arguments,
-            5 => $tile::<$($types),+, 5, FUSED> $arguments,
-            _ => $tile::<$($types),+, GROUP, FUSED> $arguments,
+            1 => $tile::<$($types,)* 1, FUSED> $arguments,
+            2 => $tile::<$($types,)* 2, FUSED> $arguments,
+            3 => $tile::<$($types,)* 3, FUSED> $arguments,
+            4 => $tile::<$($types,)* 4, FUSED> $arguments,
+            5 => $tile::<$($types,)* 5, FUSED> $arguments,
+            _ => $tile::<$($types,)* GROUP, FUSED> $arguments,
         }
     };
 }
+use by_rows;
 
 by_isa!(compute_piece<A, W> = piece_body(
     args: &Linear<'_, A, W>,

@@ -328,16 +328,16 @@ impl<'a, E: Element> PoolMut<'a, E> {
     ) -> (&[E], &mut [E]) {
         let slots = self.num_blocks * self.block_size;
         assert!(layer < self.layers && side < 2 && kv_head < self.kv_heads && source < slots && target < slots);
-        let width = self.dim;
         let offset = |slot: usize| {
             let (block, within) = (slot / self.block_size, slot % self.block_size);
-            ((((block * self.layers + layer) * 2 + side) * self.kv_heads + kv_head) * self.block_size + within) * width
+            ((((block * self.layers + layer) * 2 + side) * self.kv_heads + kv_head) * self.block_size + within)
+                * self.dim
         };
         // SAFETY: `new` checked the extent, layer, side, head and slots lie in it; the caller answers for aliasing.
         unsafe {
             (
-                std::slice::from_raw_parts(self.values.add(offset(source)), width),
-                std::slice::from_raw_parts_mut(self.values.add(offset(target)), width),
+                std::slice::from_raw_parts(self.values.add(offset(source)), self.dim),
+                std::slice::from_raw_parts_mut(self.values.add(offset(target)), self.dim),
             )
         }
     }

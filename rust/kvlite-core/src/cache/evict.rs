@@ -169,6 +169,13 @@ struct Known {
     class: u8,
 }
 
+impl Known {
+    /// When it is evicted, on the clock of releases, where a class is worth so many.
+    fn due(&self, worth: u64) -> u64 {
+        self.released + u64::from(self.class) * worth
+    }
+}
+
 /// The unwanted cached blocks in the order of a policy. Each operation is O(1), or O(`NUM_CLASSES`).
 pub(super) struct Evictor {
     policy: Box<dyn EvictionPolicy>,
@@ -274,9 +281,9 @@ impl Evictor {
     pub(super) fn victim(&self) -> Option<u32> {
         let worth = self.class_worth();
         let mut first = None;
-        for (class, end) in self.lists.ring[self.lists.num_blocks..].iter().enumerate() {
+        for end in &self.lists.ring[self.lists.num_blocks..] {
             if let Some(known) = self.known.get(end.newer as usize) {
-                let due = known.released + class as u64 * worth;
+                let due = known.due(worth);
                 if first.is_none_or(|(least, _)| due < least) {
                     first = Some((due, end.newer));
                 }
@@ -287,8 +294,7 @@ impl Evictor {
 
     /// Blocks in the order of these numbers are in the order of eviction.
     fn due(&self, block: u32) -> u64 {
-        let known = self.known[block as usize];
-        known.released + u64::from(known.class) * self.class_worth()
+        self.known[block as usize].due(self.class_worth())
     }
 
     /// Uses of a block of the tree so far, those before it was last evicted among them as far as they are remembered.

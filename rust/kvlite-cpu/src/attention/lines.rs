@@ -1,8 +1,8 @@
 //! One split for some lines of a tile: two small matrix products with all sums in registers.
 //!
-//! Keys are turned (`Side::turn`), so no sum crosses lanes. Lines of neighbouring rows share the work although their visible keys end at different places: scores of keys that a line does not see are made and not
-//! looked at; values that not all lines see are added line by line. A sum runs in ascending order, whoever shares it.
-//! Called by `attention`.
+//! Keys are turned (`Side::turn`), so no sum crosses lanes. Lines of neighbouring rows share the work although their
+//! visible keys end at different places: scores of keys that a line does not see are made and not looked at; values that
+//! not all lines see are added line by line. A sum runs in ascending order, whoever shares it. Called by `attention`.
 
 use std::ops::Range;
 

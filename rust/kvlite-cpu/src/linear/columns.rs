@@ -1,7 +1,7 @@
 //! Products of many rows where all is f32 in registers: weights are turned once and then meet every row of x.
 //!
 //! ```text
-//!   16 weight rows, turned   k: w0 w1 .. w15      a task turns as many as its second-level cache holds, part by part of K
+//!   16 weight rows, turned   k: w0 w1 .. w15      as many as a second-level cache holds, a part of K at a time
 //!   6 rows of x              x0[k] .. x5[k]       each in every lane: 12 registers of sums with AVX2
 //! ```
 //!
@@ -10,15 +10,13 @@
 
 use std::ops::Range;
 
-use super::Linear;
+use super::{GROUP, Linear, by_rows};
 use crate::isa::by_isa;
 use crate::lanes::{Column, LANES, Lane, fetch, product, turn, widen};
 use crate::{Element, Exec, RowsMut};
 
 /// With fewer rows turning costs more than it saves.
 pub(super) const FEWEST_ROWS: usize = 20;
-/// Rows of x that meet a weight together.
-const GROUP: usize = 6;
 /// Rows of x that turned weights serve: their sums wait in the second-level cache between two parts of K.
 const BLOCK_ROWS: usize = 512;
 /// Inputs in a part of K: a group's rows of it stay in the first-level cache while every panel of a task meets them.
@@ -87,14 +85,7 @@ fn piece_body<A: Element, W: Element, const FUSED: bool>(
             for i in 0..groups {
                 let rows = x.len() * i / groups..x.len() * (i + 1) / groups;
                 let sums = &mut sums[rows.start * panels.len()..rows.end * panels.len()];
-                match rows.len() {
-                    1 => add::<1, FUSED>(&x[rows], &part, columns, sums),
-                    2 => add::<2, FUSED>(&x[rows], &part, columns, sums),
-                    3 => add::<3, FUSED>(&x[rows], &part, columns, sums),
-                    4 => add::<4, FUSED>(&x[rows], &part, columns, sums),
-                    5 => add::<5, FUSED>(&x[rows], &part, columns, sums),
-                    _ => add::<GROUP, FUSED>(&x[rows], &part, columns, sums),
-                }
+                by_rows!(rows.len(), add<> => (&x[rows], &part, columns, sums));
             }
         }
         for (row, sums) in sums.chunks_exact(panels.len()).enumerate() {
