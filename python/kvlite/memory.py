@@ -27,7 +27,8 @@ def allocate(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[torch.
     for shape, dtype in wanted:
         starts.append(end)
         end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    mapped = mmap.mmap(-1, max(end, 1))  # of nothing there is no mapping
+    # Private: what mmap makes unless told, memory to share with children, has no huge pages on most systems.
+    mapped = mmap.mmap(-1, max(end, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # of nothing there is no mapping
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -27,6 +27,7 @@ from kvlite.fleet.worker import Worker
 from kvlite.output import Collector
 from kvlite.prompts import Prompt
 from tests.engines import engine
+from tests.fleet.link_pairs import free_address
 
 TIMEOUT_S = 60.0
 STEP_S = 0.004
@@ -154,8 +155,10 @@ class Reader:
 
 
 @asynccontextmanager
-async def fleet(num: int = 2, *, setup: dict[str, Any] | None = None, **overrides: Any) -> AsyncIterator[Fleet]:
-    """Up: every worker has said hello."""
+async def fleet(
+    num: int = 2, *, kind: str = "unix", setup: dict[str, Any] | None = None, **overrides: Any
+) -> AsyncIterator[Fleet]:
+    """Up: every worker has said hello. Links between engines are of `kind`."""
     engines = [engine(**({"deterministic": True} | overrides)) for _ in range(num)]
     front = FleetEngine(engines[0].config, engines[0].tokenizer, engines[0].limits.defaults, num)
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +170,7 @@ async def fleet(num: int = 2, *, setup: dict[str, Any] | None = None, **override
         config = LinkConfig(engine=OWNER, key=KEY, window_bytes=0)
         listener = await listen(f"unix:{folder}/owner", config, on_link, lambda error: None)
         common = {"owner": listener.address, "config": {}, "copy_share": 1.0} | (setup or {})
-        setups = [Setup(engine=n, listen=f"unix:{folder}/{n}", **common) for n in range(num)]
+        setups = [Setup(engine=n, listen=free_address(kind, folder, str(n)), **common) for n in range(num)]
         workers = [Worker(one, KEY, each, Speed()) for one, each in zip(setups, engines, strict=True)]
         made = Fleet(front, workers, engines)
         made.tasks = [asyncio.create_task(worker.serve()) for worker in workers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from kvlite.fleet import pace
 from kvlite.fleet.exporter import Answer
 from kvlite.fleet.moves import MoveHow
 from kvlite.fleet.pace import ALLOWANCE_S, Pace
+from kvlite.fleet.shared_memory import SharedPayloads
+from kvlite.fleet.tcp import InlinePayloads
 from tests.engines import essence, ids
 from tests.fleet.small_fleet import SEEDED, alone, fleet, run
 
@@ -78,6 +81,33 @@ def test_who_came_first_goes_first(clock: Clock) -> None:
         assert clock.now == 1000.0 + 4 * 2.0 - ALLOWANCE_S
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind, cost", [("unix", SharedPayloads.cost), ("tcp", InlinePayloads.cost)])
+def test_a_part_counts_for_what_its_way_costs(kind: str, cost: float) -> None:
+    digests_s, took_s = list[float](), list[float]()
+
+    async def main() -> None:
+        async with fleet(kind=kind) as made:
+            reader = await made.stream(PROMPT, SEEDED)
+            exporter = made.workers[0]._mover._exporter
+            make_part = exporter._part
+
+            def part(*given: Any) -> Any:
+                made = make_part(*given)
+                digests_s.append(made[-1])
+                return made
+
+            exporter._part = part  # type: ignore[method-assign]
+            exporter._pace.took = took_s.append  # type: ignore[method-assign]
+            report = await made.front.move("r", 1, MoveHow.COPY)
+            assert report.result == "moved" and report.bytes, report.reason
+            await reader.finish()
+            await made.settled()
+
+    run(main())
+    assert len(took_s) > 1
+    assert took_s == pytest.approx([cost * busy_s for busy_s in digests_s])
 
 
 def test_a_frozen_request_waits_for_no_pace() -> None:

@@ -33,8 +33,6 @@ PART_BYTES = 2 << 20
 """Payload of one frame, unless a block is larger: hashed and copied in less time than a decode step would notice."""
 SMALL_BYTES = 2 << 20
 """What is hashed or stored faster than a thread takes over, which wants the GIL as often as an engine's does."""
-COPIED = 2.0
-"""Processor time of a part, in times of its digests: the link copies it, and has a frame to write."""
 
 Effects: TypeAlias = list[tuple[Any, ...]]
 Answer: TypeAlias = Callable[[_core.Mover, int], Effects]
@@ -220,8 +218,8 @@ class Exporter:
                 frame, payload, busy_s = self._part(stage, part, is_last, some)
             else:
                 frame, payload, busy_s = await asyncio.to_thread(self._part, stage, part, is_last, some)
-            self._pace.took(COPIED * busy_s)
-            await self._peers.send(leaving.to, frame, payload)
+            cost = await self._peers.send(leaving.to, frame, payload)
+            self._pace.took(cost * busy_s)
             leaving.sent_bytes += num_bytes
 
     def _part(

@@ -69,6 +69,8 @@ class Link:
         self.peer = peer
         """The other side's engine number, or OWNER."""
         self.limits = limits
+        self.payload_cost = payloads.cost
+        """As `Payloads.cost`."""
         self._wire = wire
         self._config = config
         self._payloads: Payloads | None = payloads

@@ -65,7 +65,7 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True):
     """At once, leaving and arriving each."""
     max_inflight_bytes: Annotated[int, Meta(ge=1 << 16)] = 256 << 20
     """Of KV that was sent and not acknowledged, all moves together."""
-    copy_share: Annotated[float, Meta(gt=0, le=1)] = 0.01
+    copy_share: Annotated[float, Meta(gt=0, le=1)] = 0.015
     """Of a core's time, for copies out of an engine that computes on a CPU while its requests decode on."""
     max_stages: Annotated[int, Meta(ge=1, le=64)] = 8
     """Copies while decoding goes on, before a move freezes its request."""

@@ -93,11 +93,12 @@ class Peers:
         else:
             self._down(to, LinkDownError(f"{WAITING_MAX} frames wait for a link"))
 
-    async def send(self, to: int, frame: bytes, payload: Payload) -> None:
-        """Sends blocks; returns when their memory may be used again. Raises LinkError."""
+    async def send(self, to: int, frame: bytes, payload: Payload) -> float:
+        """Sends blocks; returns when their memory may be used again, with `Payloads.cost`. Raises LinkError."""
         peer = self._peers.setdefault(to, _Peer())
         link = peer.links[0] if peer.links else await self._dial(to, peer)
         await link.send(Channel.MIGRATION, frame, payload)
+        return link.payload_cost
 
     def close(self) -> None:
         """Ends every link."""

@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from kvlite.fleet.wire import HEADER_BYTES, Channel, Inner
 
@@ -20,6 +20,9 @@ RATE_MEMORY = 0.8
 
 class Payloads(Protocol):
     """How payloads travel: `tcp.InlinePayloads`, `shared_memory.SharedPayloads`."""
+
+    cost: ClassVar[float]
+    """Processor time from memory to memory, in times of what the digests of a payload take."""
 
     async def put(self, offset: int, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
         """Takes a payload over; returns what must follow its frame in the stream."""

@@ -28,7 +28,7 @@ pub(crate) use self::lines::score;
 use self::parts::{Parts, Results};
 use self::plan::Tile;
 use crate::isa::by_isa;
-use crate::lanes::{self, Column, LANES, SCORES, SPLIT, fetch, widen};
+use crate::lanes::{self, Ahead, Column, LANES, SCORES, SPLIT, fetch, widen};
 use crate::view::CacheLayout;
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
 
@@ -132,6 +132,8 @@ struct Scratch {
     scores: Vec<f32>,
     keys: Side,
     values: Side,
+    /// The next split's keys and values.
+    ahead: Ahead,
 }
 
 /// Keys of one split in a sequence's cache.
@@ -159,6 +161,26 @@ pub(crate) struct Side {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl<E> Split<'_, '_, E> {
+    /// Notes what follows the split, as long as another one.
+    fn ask(&self, ahead: &mut Ahead) {
+        let layout = &self.cache.layout;
+        let mut key = self.end;
+        let end = self.limit.min(self.end + SPLIT);
+        while key < end {
+            let (block, slot) = (self.table[key / layout.block_size] as usize, key % layout.block_size);
+            let keys = (layout.block_size - slot).min(end - key);
+            // Where a block keeps a head's vectors side by side they are one run.
+            let lies_together = layout.offset(0, 1, 0) == layout.dim;
+            let (runs, len) = if lies_together { (1, keys * layout.dim) } else { (keys, layout.dim) };
+            for run in 0..runs {
+                ahead.push(&self.cache.values[layout.offset(block, slot + run, self.kv_head)..][..len]);
+            }
+            key += keys;
+        }
+    }
 }
 
 /// Appends where the vectors of the keys `range` start.
@@ -264,8 +286,14 @@ fn tile_body<E: Element, const FUSED: bool>(
     while split < tile.keys.end {
         let range = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
         let (start, end, limit) = (range.start, range.end, tile.keys.end);
-        scratch.keys.turn::<E, FUSED>(&Split { cache: &args.k_cache, table, kv_head, start, end, limit });
-        scratch.values.spread(&Split { cache: &args.v_cache, table, kv_head, start, end, limit });
+        let here = |cache| Split { cache, table, kv_head, start, end, limit };
+        let (keys, values) = (here(&args.k_cache), here(&args.v_cache));
+        scratch.keys.turn::<E, FUSED>(&keys);
+        scratch.values.spread(&values);
+        scratch.ahead.clear();
+        keys.ask(&mut scratch.ahead);
+        values.ask(&mut scratch.ahead);
+        scratch.ahead.within(lines.div_ceil(lines::LINES) * 2 * dim * (end - start).div_ceil(LANES));
         let seen = |line: usize| {
             let visible = args.visible(tile.sequence, tile.rows.at(line / group));
             let keys = visible.start.max(range.start)..visible.end.min(range.end);

@@ -5,6 +5,7 @@
 //! are padded to `LANES` by the caller.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use crate::Element;
 
@@ -99,42 +100,48 @@ const HALF: usize = LANES / 2;
 #[inline(always)]
 pub(crate) fn turn<const FUSED: bool>(vectors: [&[f32]; LANES], columns: &mut [Column]) {
     for (d, columns) in columns.chunks_exact_mut(HALF).enumerate() {
+        let columns: &mut [Column; HALF] = columns.try_into().expect("chunks of HALF");
         for half in 0..2 {
-            let square = std::array::from_fn(|i| {
-                *vectors[half * HALF + i][d * HALF..].first_chunk().expect("vectors are padded to whole chunks")
-            });
-            for (column, row) in columns.iter_mut().zip(transposed::<FUSED>(square)) {
-                column.0[half * HALF..][..HALF].copy_from_slice(&row);
+            // No `from_fn`: where LLVM does not inline it, it is compiled without the caller's instructions.
+            let mut rows = [&[0.0; HALF]; HALF];
+            for (i, row) in rows.iter_mut().enumerate() {
+                let vector = &vectors[half * HALF + i][d * HALF..];
+                *row = vector.first_chunk().expect("vectors are padded to whole chunks");
             }
+            transpose::<FUSED>(rows, columns, half * HALF);
         }
     }
 }
 
-/// [i][j] becomes [j][i].
+/// `rows[i][j]` becomes `columns[j][first + i]`.
 #[inline(always)]
-fn transposed<const FUSED: bool>(rows: [[f32; HALF]; HALF]) -> [[f32; HALF]; HALF] {
+fn transpose<const FUSED: bool>(rows: [&[f32; HALF]; HALF], columns: &mut [Column; HALF], first: usize) {
     #[cfg(target_arch = "x86_64")]
     if FUSED {
         // SAFETY: on this architecture `by_isa` fuses only where AVX2 was found.
         #[allow(unsafe_code)]
-        return unsafe { transposed_avx2(rows) };
+        return unsafe { transpose_avx2(rows, columns, first) };
     }
-    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
+    for (i, row) in rows.into_iter().enumerate() {
+        for (column, &value) in columns.iter_mut().zip(row) {
+            column.0[first + i] = value;
+        }
+    }
 }
 
 /// Pairs of rows, then pairs of pairs, then halves change places.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-fn transposed_avx2(rows: [[f32; HALF]; HALF]) -> [[f32; HALF]; HALF] {
+fn transpose_avx2(rows: [&[f32; HALF]; HALF], columns: &mut [Column; HALF], first: usize) {
     use std::arch::x86_64::*;
-    // SAFETY: both are 32 bytes in which every bit pattern is a value.
-    #[allow(unsafe_code)]
-    let rows = rows.map(|row| unsafe { std::mem::transmute::<[f32; HALF], __m256>(row) });
-    let mut twos = rows;
+    let mut twos = [_mm256_setzero_ps(); HALF];
     for i in (0..HALF).step_by(2) {
-        twos[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-        twos[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        // SAFETY: each is HALF floats.
+        #[allow(unsafe_code)]
+        let (a, b) = unsafe { (_mm256_loadu_ps(rows[i].as_ptr()), _mm256_loadu_ps(rows[i + 1].as_ptr())) };
+        twos[i] = _mm256_unpacklo_ps(a, b);
+        twos[i + 1] = _mm256_unpackhi_ps(a, b);
     }
     let mut fours = twos;
     for i in (0..HALF).step_by(4) {
@@ -143,51 +150,119 @@ fn transposed_avx2(rows: [[f32; HALF]; HALF]) -> [[f32; HALF]; HALF] {
         fours[i + 2] = _mm256_shuffle_ps::<0x44>(twos[i + 1], twos[i + 3]);
         fours[i + 3] = _mm256_shuffle_ps::<0xee>(twos[i + 1], twos[i + 3]);
     }
-    let mut columns = fours;
     for i in 0..HALF / 2 {
-        columns[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
-        columns[i + 4] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
+        let low = _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
+        let high = _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
+        for (column, value) in [(i, low), (i + 4, high)] {
+            let target: &mut [f32; HALF] = columns[column].0[first..].first_chunk_mut().expect("one of two halves");
+            // SAFETY: it is HALF floats.
+            #[allow(unsafe_code)]
+            unsafe {
+                _mm256_storeu_ps(target.as_mut_ptr(), value);
+            }
+        }
     }
-    // SAFETY: as above.
-    #[allow(unsafe_code)]
-    columns.map(|column| unsafe { std::mem::transmute::<__m256, [f32; HALF]>(column) })
 }
 
-/// `sums[g][p] += left[g][k] * right[p][k]` for every k of the left side, in ascending order.
+/// `sums[g][p] += left[g][k] * right[p][k]` for every k of the left side, in ascending order; meanwhile memory is asked for.
 #[inline(always)]
 pub(crate) fn product<const G: usize, const P: usize, const FUSED: bool>(
     left: [&[f32]; G],
     right: [&[Column]; P],
     mut sums: [[Lane; P]; G],
+    ahead: &mut Ahead,
 ) -> [[Lane; P]; G] {
     let len = left[0].len();
-    let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][..len]);
-    let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][..len]);
-    for k in 0..len {
-        for g in 0..G {
-            let factor = [left[g][k]; LANES];
-            for p in 0..P {
-                sums[g][p] = fma::<FUSED>(&factor, &right[p][k].0, &sums[g][p]);
+    for start in (0..len).step_by(PACE) {
+        ahead.fetch();
+        let len = PACE.min(len - start);
+        let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][start..start + len]);
+        let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][start..start + len]);
+        for k in 0..len {
+            for g in 0..G {
+                let factor = [left[g][k]; LANES];
+                for p in 0..P {
+                    sums[g][p] = fma::<FUSED>(&factor, &right[p][k].0, &sums[g][p]);
+                }
             }
         }
     }
     sums
 }
 
+/// Steps of a product between two requests of `Ahead`.
+pub(crate) const PACE: usize = 8;
+const LINE_BYTES: usize = 64;
+
+/// Memory that is read later, asked for a few cache lines at a time while something else is computed: a processor has only
+/// so many requests under way, and one more would hold up the products behind it.
+#[derive(Default)]
+pub(crate) struct Ahead {
+    /// Addresses.
+    runs: Vec<Range<usize>>,
+    /// Runs that were begun, and what is left of the last one.
+    begun: usize,
+    rest: Range<usize>,
+    /// Lines at a time.
+    lines: usize,
+}
+
+impl Ahead {
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.runs.clear();
+        (self.begun, self.rest, self.lines) = (0, 0..0, 0);
+    }
+
+    /// Memory that comes next.
+    pub(crate) fn push<E>(&mut self, memory: &[E]) {
+        let run = memory.as_ptr_range();
+        self.runs.push(run.start.addr()..run.end.addr());
+    }
+
+    /// Everything is to be asked for within so many steps of products.
+    pub(crate) fn within(&mut self, steps: usize) {
+        let lines = self.runs.iter().map(Range::len).sum::<usize>().div_ceil(LINE_BYTES);
+        self.lines = (lines * PACE).div_ceil(steps.max(1));
+    }
+
+    #[inline(always)]
+    fn fetch(&mut self) {
+        for _ in 0..self.lines {
+            if self.rest.is_empty() {
+                let Some(run) = self.runs.get(self.begun) else {
+                    self.lines = 0;
+                    return;
+                };
+                (self.rest, self.begun) = (run.clone(), self.begun + 1);
+            }
+            prefetch(std::ptr::without_provenance(self.rest.start));
+            self.rest.start += LINE_BYTES;
+        }
+    }
+}
+
+/// Asks for the cache line at an address.
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch touches no memory that the program can see, at any address.
+    #[allow(unsafe_code)]
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Asks for `len` elements of `memory` that are read later.
 #[inline(always)]
 pub(crate) fn fetch<E>(memory: &[E], offset: usize, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in 0..(len * size_of::<E>()).div_ceil(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch touches no memory that the program can see, at any address.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(memory.as_ptr().wrapping_add(offset).wrapping_byte_add(line * 64).cast());
-        }
+    let address = memory.as_ptr().wrapping_add(offset).cast::<u8>();
+    for line in 0..(len * size_of::<E>()).div_ceil(LINE_BYTES) {
+        prefetch(address.wrapping_add(line * LINE_BYTES));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (memory, offset, len);
 }
 
 /// Turns scores into weights `exp(score - max)` in place; returns (max, sum of weights).

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::{Attention, Scratch, merge, weigh};
 use crate::Element;
-use crate::lanes::{Column, LANES, SCORES, SPLIT, product};
+use crate::lanes::{Ahead, Column, LANES, SCORES, SPLIT, product};
 
 /// Most lines that are computed together: with AVX2 their sums fill 12 of 16 registers.
 pub(super) const LINES: usize = 6;
@@ -38,7 +38,7 @@ fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
     lines: &[Seen],
 ) {
     let dim = args.q.dim.next_multiple_of(LANES);
-    let Scratch { q, partial, scores, keys: key_side, values, state, acc } = scratch;
+    let Scratch { q, partial, scores, keys: key_side, values, ahead, state, acc } = scratch;
     let seen: [Range<usize>; G] = std::array::from_fn(|g| lines[g].1.clone());
     let start = seen.iter().map(|keys| keys.start).min().unwrap_or(0);
     let end = seen.iter().map(|keys| keys.end).max().unwrap_or(0);
@@ -47,9 +47,9 @@ fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
     while chunk * LANES < end {
         let chunks = if chunk + P <= end.div_ceil(LANES) { P } else { 1 };
         if chunks == P {
-            score::<G, P, FUSED>(queries, &key_side.columns, chunk, args.scale, scores);
+            score::<G, P, FUSED>(queries, &key_side.columns, chunk, args.scale, scores, ahead);
         } else {
-            score::<G, 1, FUSED>(queries, &key_side.columns, chunk, args.scale, scores);
+            score::<G, 1, FUSED>(queries, &key_side.columns, chunk, args.scale, scores, ahead);
         }
         chunk += chunks;
     }
@@ -66,12 +66,12 @@ fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
     let weights: [&[f32]; G] = std::array::from_fn(|g| &scores[g * SCORES..][..SCORES]);
     for g in 0..G {
         let keys = seen[g].start..seen[g].end.min(common.start);
-        accumulate::<1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim]);
+        accumulate::<1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim], ahead);
     }
-    accumulate::<G, P, FUSED>(weights, &values.columns, common.clone(), partial);
+    accumulate::<G, P, FUSED>(weights, &values.columns, common.clone(), partial, ahead);
     for g in 0..G {
         let keys = seen[g].start.max(common.end)..seen[g].end;
-        accumulate::<1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim]);
+        accumulate::<1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim], ahead);
     }
     for g in 0..G {
         let line = lines[g].0;
@@ -87,10 +87,11 @@ pub(crate) fn score<const G: usize, const P: usize, const FUSED: bool>(
     chunk: usize,
     scale: f32,
     scores: &mut [f32],
+    ahead: &mut Ahead,
 ) {
     let dim = q[0].len();
     let columns = std::array::from_fn(|p| &keys[(chunk + p) * dim..][..dim]);
-    let sums = product::<G, P, FUSED>(q, columns, [[[0.0; LANES]; P]; G]);
+    let sums = product::<G, P, FUSED>(q, columns, [[[0.0; LANES]; P]; G], ahead);
     for (g, sums) in sums.iter().enumerate() {
         for (p, sums) in sums.iter().enumerate() {
             let target = &mut scores[g * SCORES + (chunk + p) * LANES..][..LANES];
@@ -108,6 +109,7 @@ fn accumulate<const G: usize, const P: usize, const FUSED: bool>(
     values: &[Column],
     keys: Range<usize>,
     sums: &mut [f32],
+    ahead: &mut Ahead,
 ) {
     if keys.is_empty() {
         return;
@@ -116,11 +118,11 @@ fn accumulate<const G: usize, const P: usize, const FUSED: bool>(
     let panels = sums.len() / G / LANES;
     let mut panel = 0;
     while panel + P <= panels {
-        accumulate_panels::<G, P, FUSED>(weights, values, keys.start, panel, sums);
+        accumulate_panels::<G, P, FUSED>(weights, values, keys.start, panel, sums, ahead);
         panel += P;
     }
     while panel < panels {
-        accumulate_panels::<G, 1, FUSED>(weights, values, keys.start, panel, sums);
+        accumulate_panels::<G, 1, FUSED>(weights, values, keys.start, panel, sums, ahead);
         panel += 1;
     }
 }
@@ -132,13 +134,15 @@ fn accumulate_panels<const G: usize, const P: usize, const FUSED: bool>(
     first: usize,
     panel: usize,
     sums: &mut [f32],
+    ahead: &mut Ahead,
 ) {
     let dim = sums.len() / G;
     let columns = std::array::from_fn(|p| &values[(panel + p) * SPLIT..][first..SPLIT]);
-    let old = std::array::from_fn(|g| {
-        *sums[g * dim + panel * LANES..][..P * LANES].as_chunks().0.first_chunk().expect("P chunks")
-    });
-    for (g, new) in product::<G, P, FUSED>(weights, columns, old).iter().enumerate() {
+    let mut old = [[[0.0; LANES]; P]; G];
+    for (g, old) in old.iter_mut().enumerate() {
+        old.as_flattened_mut().copy_from_slice(&sums[g * dim + panel * LANES..][..P * LANES]);
+    }
+    for (g, new) in product::<G, P, FUSED>(weights, columns, old, ahead).iter().enumerate() {
         sums[g * dim + panel * LANES..][..P * LANES].copy_from_slice(new.as_flattened());
     }
 }

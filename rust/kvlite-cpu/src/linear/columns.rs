@@ -12,11 +12,11 @@ use std::ops::Range;
 
 use super::{GROUP, Linear, by_rows};
 use crate::isa::by_isa;
-use crate::lanes::{Column, LANES, Lane, fetch, product, turn, widen};
+use crate::lanes::{Ahead, Column, LANES, Lane, fetch, product, turn, widen};
 use crate::{Element, Exec, RowsMut};
 
 /// With fewer rows turning costs more than it saves.
-pub(super) const FEWEST_ROWS: usize = 20;
+pub(super) const FEWEST_ROWS: usize = 16;
 /// Rows of x that turned weights serve: their sums wait in the second-level cache between two parts of K.
 const BLOCK_ROWS: usize = 512;
 /// Inputs in a part of K: a group's rows of it stay in the first-level cache while every panel of a task meets them.
@@ -123,7 +123,7 @@ fn add<const G: usize, const FUSED: bool>(x: &[&[f32]], part: &Range<usize>, col
     let x: [&[f32]; G] = std::array::from_fn(|g| &x[g][part.clone()]);
     for (panel, columns) in columns.chunks_exact(PART).enumerate().take(panels) {
         let old = std::array::from_fn(|g| [sums[g * panels + panel]]);
-        for (g, [new]) in product::<G, 1, FUSED>(x, [columns], old).into_iter().enumerate() {
+        for (g, [new]) in product::<G, 1, FUSED>(x, [columns], old, &mut Ahead::default()).into_iter().enumerate() {
             sums[g * panels + panel] = new;
         }
     }
