@@ -35,6 +35,9 @@ use crate::{BlockTable, Element, Error, Exec, KvCache, Rows, RowsMut};
 /// Keys between the one that is read and the one that is fetched meanwhile: blocks lie anywhere.
 const AHEAD: usize = 32;
 
+/// Groups of lines that compute less than it takes to read their keys and values.
+const MEMORY_BOUND: usize = 4;
+
 /// Arguments of `attention`. T rows, H query heads, KH KV heads, S sequences.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention<'a, E> {
@@ -290,17 +293,20 @@ fn tile_body<E: Element, const FUSED: bool>(
         let (keys, values) = (here(&args.k_cache), here(&args.v_cache));
         scratch.keys.turn::<E, FUSED>(&keys);
         scratch.values.spread(&values);
-        scratch.ahead.clear();
-        keys.ask(&mut scratch.ahead);
-        values.ask(&mut scratch.ahead);
-        scratch.ahead.within(lines.div_ceil(lines::LINES) * 2 * dim * (end - start).div_ceil(LANES));
+        let mut ahead = std::mem::take(&mut scratch.ahead);
+        ahead.clear();
+        // As many groups as there must be, as even as they can be.
+        let groups = lines.div_ceil(lines::LINES);
+        if groups <= MEMORY_BOUND {
+            keys.ask(&mut ahead);
+            values.ask(&mut ahead);
+            ahead.within(groups * 2 * dim * (end - start).div_ceil(LANES));
+        }
         let seen = |line: usize| {
             let visible = args.visible(tile.sequence, tile.rows.at(line / group));
             let keys = visible.start.max(range.start)..visible.end.min(range.end);
             keys.start.saturating_sub(range.start)..keys.end.saturating_sub(range.start)
         };
-        // As many groups as there must be, as even as they can be.
-        let groups = lines.div_ceil(lines::LINES);
         for i in 0..groups {
             let mut some: [lines::Seen; lines::LINES] = Default::default();
             let mut count = 0;
@@ -311,8 +317,13 @@ fn tile_body<E: Element, const FUSED: bool>(
                     count += 1;
                 }
             }
-            lines::add_split::<E, FUSED>(args, scratch, &some[..count]);
+            if groups <= MEMORY_BOUND {
+                lines::add_split::<E, _, FUSED>(args, scratch, &some[..count], &mut ahead);
+            } else {
+                lines::add_split::<E, _, FUSED>(args, scratch, &some[..count], &mut ());
+            }
         }
+        scratch.ahead = ahead;
         split += SPLIT;
     }
     for line in 0..lines {

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::attention::{Side, Split, check_groups, score};
 use crate::isa::by_isa;
-use crate::lanes::{self, Ahead, LANES, SCORES, SPLIT, widen};
+use crate::lanes::{self, LANES, SCORES, SPLIT, widen};
 use crate::{BlockTable, Element, Error, Exec, KvCache, Rows};
 
 /// Query heads, of one row or of several, that read a key together.
@@ -110,7 +110,7 @@ fn split_body<E: Element, const FUSED: bool>(args: &KeyMass<'_, E>, keys: Range<
             let chunks = 0..seen.iter().max().copied().unwrap_or(0).div_ceil(LANES);
             let queries: [&[f32]; HEADS] = std::array::from_fn(|i| &q[i * dim..][..dim]);
             for chunk in chunks {
-                score::<HEADS, 1, FUSED>(queries, &side.columns, chunk, args.scale, &mut scores, &mut Ahead::default());
+                score::<_, HEADS, 1, FUSED>(queries, &side.columns, chunk, args.scale, &mut scores, &mut ());
             }
             for (i, scores) in scores.chunks_exact(SCORES).enumerate().take(count) {
                 let row = args.rows[(first + i) / group] as usize;

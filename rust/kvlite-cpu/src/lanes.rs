@@ -164,30 +164,69 @@ fn transpose_avx2(rows: [&[f32; HALF]; HALF], columns: &mut [Column; HALF], firs
     }
 }
 
-/// `sums[g][p] += left[g][k] * right[p][k]` for every k of the left side, in ascending order; meanwhile memory is asked for.
+/// `sums[g][p] += left[g][k] * right[p][k]` for every k of the left side, in ascending order.
 #[inline(always)]
 pub(crate) fn product<const G: usize, const P: usize, const FUSED: bool>(
     left: [&[f32]; G],
     right: [&[Column]; P],
     mut sums: [[Lane; P]; G],
-    ahead: &mut Ahead,
 ) -> [[Lane; P]; G] {
     let len = left[0].len();
-    for start in (0..len).step_by(PACE) {
-        ahead.fetch();
-        let len = PACE.min(len - start);
-        let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][start..start + len]);
-        let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][start..start + len]);
-        for k in 0..len {
-            for g in 0..G {
-                let factor = [left[g][k]; LANES];
-                for p in 0..P {
-                    sums[g][p] = fma::<FUSED>(&factor, &right[p][k].0, &sums[g][p]);
-                }
+    let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][..len]);
+    let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][..len]);
+    for k in 0..len {
+        for g in 0..G {
+            let factor = [left[g][k]; LANES];
+            for p in 0..P {
+                sums[g][p] = fma::<FUSED>(&factor, &right[p][k].0, &sums[g][p]);
             }
         }
     }
     sums
+}
+
+/// What is done beside a product.
+pub(crate) trait Beside {
+    /// `product`, and that.
+    fn product<const G: usize, const P: usize, const FUSED: bool>(
+        &mut self,
+        left: [&[f32]; G],
+        right: [&[Column]; P],
+        sums: [[Lane; P]; G],
+    ) -> [[Lane; P]; G];
+}
+
+/// Nothing.
+impl Beside for () {
+    #[inline(always)]
+    fn product<const G: usize, const P: usize, const FUSED: bool>(
+        &mut self,
+        left: [&[f32]; G],
+        right: [&[Column]; P],
+        sums: [[Lane; P]; G],
+    ) -> [[Lane; P]; G] {
+        product::<G, P, FUSED>(left, right, sums)
+    }
+}
+
+impl Beside for Ahead {
+    #[inline(always)]
+    fn product<const G: usize, const P: usize, const FUSED: bool>(
+        &mut self,
+        left: [&[f32]; G],
+        right: [&[Column]; P],
+        mut sums: [[Lane; P]; G],
+    ) -> [[Lane; P]; G] {
+        let len = left[0].len();
+        for start in (0..len).step_by(PACE) {
+            self.fetch();
+            let part = start..len.min(start + PACE);
+            let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][part.clone()]);
+            let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][part.clone()]);
+            sums = product::<G, P, FUSED>(left, right, sums);
+        }
+        sums
+    }
 }
 
 /// Steps of a product between two requests of `Ahead`.

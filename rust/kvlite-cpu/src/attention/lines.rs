@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::{Attention, Scratch, merge, weigh};
 use crate::Element;
-use crate::lanes::{Ahead, Column, LANES, SCORES, SPLIT, product};
+use crate::lanes::{Beside, Column, LANES, SCORES, SPLIT};
 
 /// Most lines that are computed together: with AVX2 their sums fill 12 of 16 registers.
 pub(super) const LINES: usize = 6;
@@ -18,27 +18,33 @@ pub(super) type Seen = (usize, Range<usize>);
 
 /// Adds one split to the running results of `lines`, up to LINES.
 #[inline(always)]
-pub(super) fn add_split<E: Element, const FUSED: bool>(args: &Attention<'_, E>, scratch: &mut Scratch, lines: &[Seen]) {
+pub(super) fn add_split<E: Element, B: Beside, const FUSED: bool>(
+    args: &Attention<'_, E>,
+    scratch: &mut Scratch,
+    lines: &[Seen],
+    beside: &mut B,
+) {
     // Few lines meet several lanes at once, or too few sums would be under way.
     match lines.len() {
         0 => {}
-        1 => add::<E, 1, 4, FUSED>(args, scratch, lines),
-        2 => add::<E, 2, 2, FUSED>(args, scratch, lines),
-        3 => add::<E, 3, 1, FUSED>(args, scratch, lines),
-        4 => add::<E, 4, 1, FUSED>(args, scratch, lines),
-        5 => add::<E, 5, 1, FUSED>(args, scratch, lines),
-        _ => add::<E, LINES, 1, FUSED>(args, scratch, lines),
+        1 => add::<E, B, 1, 4, FUSED>(args, scratch, lines, beside),
+        2 => add::<E, B, 2, 2, FUSED>(args, scratch, lines, beside),
+        3 => add::<E, B, 3, 1, FUSED>(args, scratch, lines, beside),
+        4 => add::<E, B, 4, 1, FUSED>(args, scratch, lines, beside),
+        5 => add::<E, B, 5, 1, FUSED>(args, scratch, lines, beside),
+        _ => add::<E, B, LINES, 1, FUSED>(args, scratch, lines, beside),
     }
 }
 
 #[inline(always)]
-fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
+fn add<E: Element, B: Beside, const G: usize, const P: usize, const FUSED: bool>(
     args: &Attention<'_, E>,
     scratch: &mut Scratch,
     lines: &[Seen],
+    beside: &mut B,
 ) {
     let dim = args.q.dim.next_multiple_of(LANES);
-    let Scratch { q, partial, scores, keys: key_side, values, ahead, state, acc } = scratch;
+    let Scratch { q, partial, scores, keys: key_side, values, state, acc, .. } = scratch;
     let seen: [Range<usize>; G] = std::array::from_fn(|g| lines[g].1.clone());
     let start = seen.iter().map(|keys| keys.start).min().unwrap_or(0);
     let end = seen.iter().map(|keys| keys.end).max().unwrap_or(0);
@@ -47,9 +53,9 @@ fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
     while chunk * LANES < end {
         let chunks = if chunk + P <= end.div_ceil(LANES) { P } else { 1 };
         if chunks == P {
-            score::<G, P, FUSED>(queries, &key_side.columns, chunk, args.scale, scores, ahead);
+            score::<B, G, P, FUSED>(queries, &key_side.columns, chunk, args.scale, scores, beside);
         } else {
-            score::<G, 1, FUSED>(queries, &key_side.columns, chunk, args.scale, scores, ahead);
+            score::<B, G, 1, FUSED>(queries, &key_side.columns, chunk, args.scale, scores, beside);
         }
         chunk += chunks;
     }
@@ -66,12 +72,12 @@ fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
     let weights: [&[f32]; G] = std::array::from_fn(|g| &scores[g * SCORES..][..SCORES]);
     for g in 0..G {
         let keys = seen[g].start..seen[g].end.min(common.start);
-        accumulate::<1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim], ahead);
+        accumulate::<B, 1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim], beside);
     }
-    accumulate::<G, P, FUSED>(weights, &values.columns, common.clone(), partial, ahead);
+    accumulate::<B, G, P, FUSED>(weights, &values.columns, common.clone(), partial, beside);
     for g in 0..G {
         let keys = seen[g].start.max(common.end)..seen[g].end;
-        accumulate::<1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim], ahead);
+        accumulate::<B, 1, 4, FUSED>([weights[g]], &values.columns, keys, &mut partial[g * dim..][..dim], beside);
     }
     for g in 0..G {
         let line = lines[g].0;
@@ -81,17 +87,17 @@ fn add<E: Element, const G: usize, const P: usize, const FUSED: bool>(
 
 /// `scores[g][i] = scale * q[g] . key[i]` for the keys of `P` chunks.
 #[inline(always)]
-pub(crate) fn score<const G: usize, const P: usize, const FUSED: bool>(
+pub(crate) fn score<B: Beside, const G: usize, const P: usize, const FUSED: bool>(
     q: [&[f32]; G],
     keys: &[Column],
     chunk: usize,
     scale: f32,
     scores: &mut [f32],
-    ahead: &mut Ahead,
+    beside: &mut B,
 ) {
     let dim = q[0].len();
     let columns = std::array::from_fn(|p| &keys[(chunk + p) * dim..][..dim]);
-    let sums = product::<G, P, FUSED>(q, columns, [[[0.0; LANES]; P]; G], ahead);
+    let sums = beside.product::<G, P, FUSED>(q, columns, [[[0.0; LANES]; P]; G]);
     for (g, sums) in sums.iter().enumerate() {
         for (p, sums) in sums.iter().enumerate() {
             let target = &mut scores[g * SCORES + (chunk + p) * LANES..][..LANES];
@@ -104,12 +110,12 @@ pub(crate) fn score<const G: usize, const P: usize, const FUSED: bool>(
 ///
 /// `values` as `Side::spread` leaves them · `sums` [G, dim].
 #[inline(always)]
-fn accumulate<const G: usize, const P: usize, const FUSED: bool>(
+fn accumulate<B: Beside, const G: usize, const P: usize, const FUSED: bool>(
     weights: [&[f32]; G],
     values: &[Column],
     keys: Range<usize>,
     sums: &mut [f32],
-    ahead: &mut Ahead,
+    beside: &mut B,
 ) {
     if keys.is_empty() {
         return;
@@ -118,23 +124,23 @@ fn accumulate<const G: usize, const P: usize, const FUSED: bool>(
     let panels = sums.len() / G / LANES;
     let mut panel = 0;
     while panel + P <= panels {
-        accumulate_panels::<G, P, FUSED>(weights, values, keys.start, panel, sums, ahead);
+        accumulate_panels::<B, G, P, FUSED>(weights, values, keys.start, panel, sums, beside);
         panel += P;
     }
     while panel < panels {
-        accumulate_panels::<G, 1, FUSED>(weights, values, keys.start, panel, sums, ahead);
+        accumulate_panels::<B, G, 1, FUSED>(weights, values, keys.start, panel, sums, beside);
         panel += 1;
     }
 }
 
 #[inline(always)]
-fn accumulate_panels<const G: usize, const P: usize, const FUSED: bool>(
+fn accumulate_panels<B: Beside, const G: usize, const P: usize, const FUSED: bool>(
     weights: [&[f32]; G],
     values: &[Column],
     first: usize,
     panel: usize,
     sums: &mut [f32],
-    ahead: &mut Ahead,
+    beside: &mut B,
 ) {
     let dim = sums.len() / G;
     let columns = std::array::from_fn(|p| &values[(panel + p) * SPLIT..][first..SPLIT]);
@@ -142,7 +148,7 @@ fn accumulate_panels<const G: usize, const P: usize, const FUSED: bool>(
     for (g, old) in old.iter_mut().enumerate() {
         old.as_flattened_mut().copy_from_slice(&sums[g * dim + panel * LANES..][..P * LANES]);
     }
-    for (g, new) in product::<G, P, FUSED>(weights, columns, old, ahead).iter().enumerate() {
+    for (g, new) in beside.product::<G, P, FUSED>(weights, columns, old).iter().enumerate() {
         sums[g * dim + panel * LANES..][..P * LANES].copy_from_slice(new.as_flattened());
     }
 }

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::{GROUP, Linear, by_rows};
 use crate::isa::by_isa;
-use crate::lanes::{Ahead, Column, LANES, Lane, fetch, product, turn, widen};
+use crate::lanes::{Column, LANES, Lane, fetch, product, turn, widen};
 use crate::{Element, Exec, RowsMut};
 
 /// With fewer rows turning costs more than it saves.
@@ -123,7 +123,7 @@ fn add<const G: usize, const FUSED: bool>(x: &[&[f32]], part: &Range<usize>, col
     let x: [&[f32]; G] = std::array::from_fn(|g| &x[g][part.clone()]);
     for (panel, columns) in columns.chunks_exact(PART).enumerate().take(panels) {
         let old = std::array::from_fn(|g| [sums[g * panels + panel]]);
-        for (g, [new]) in product::<G, 1, FUSED>(x, [columns], old, &mut Ahead::default()).into_iter().enumerate() {
+        for (g, [new]) in product::<G, 1, FUSED>(x, [columns], old).into_iter().enumerate() {
             sums[g * panels + panel] = new;
         }
     }
