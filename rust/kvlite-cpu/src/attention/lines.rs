@@ -144,10 +144,9 @@ fn accumulate_panels<B: Beside, const G: usize, const P: usize, const FUSED: boo
 ) {
     let dim = sums.len() / G;
     let columns = std::array::from_fn(|p| &values[(panel + p) * SPLIT..][first..SPLIT]);
-    let mut old = [[[0.0; LANES]; P]; G];
-    for (g, old) in old.iter_mut().enumerate() {
-        old.as_flattened_mut().copy_from_slice(&sums[g * dim + panel * LANES..][..P * LANES]);
-    }
+    let old = std::array::from_fn(|g| {
+        *sums[g * dim + panel * LANES..][..P * LANES].as_chunks().0.first_chunk().expect("P chunks")
+    });
     for (g, new) in beside.product::<G, P, FUSED>(weights, columns, old).iter().enumerate() {
         sums[g * dim + panel * LANES..][..P * LANES].copy_from_slice(new.as_flattened());
     }
