@@ -218,8 +218,8 @@ class Exporter:
                 frame, payload, busy_s = self._part(stage, part, is_last, some)
             else:
                 frame, payload, busy_s = await asyncio.to_thread(self._part, stage, part, is_last, some)
-            cost = await self._peers.send(leaving.to, frame, payload)
-            self._pace.took(cost * busy_s)
+            self._pace.took(self._peers.payload_cost(leaving.to) * busy_s)
+            await self._peers.send(leaving.to, frame, payload)
             leaving.sent_bytes += num_bytes
 
     def _part(

@@ -70,6 +70,11 @@ class Peers:
         rates = {id: peer.links[0].bytes_per_s for id, peer in self._peers.items() if peer.links}
         return {id: rate for id, rate in rates.items() if rate > 0}
 
+    def payload_cost(self, to: int) -> float:
+        """`Payloads.cost` of the link to a peer; 0.0 while there is none."""
+        peer = self._peers.get(to)
+        return peer.links[0].payload_cost if peer is not None and peer.links else 0.0
+
     def accept(self, link: Link) -> None:
         """A worker has called."""
         if link.peer < 0:
@@ -93,12 +98,11 @@ class Peers:
         else:
             self._down(to, LinkDownError(f"{WAITING_MAX} frames wait for a link"))
 
-    async def send(self, to: int, frame: bytes, payload: Payload) -> float:
-        """Sends blocks; returns when their memory may be used again, with `Payloads.cost`. Raises LinkError."""
+    async def send(self, to: int, frame: bytes, payload: Payload) -> None:
+        """Sends blocks; returns when their memory may be used again. Raises LinkError."""
         peer = self._peers.setdefault(to, _Peer())
         link = peer.links[0] if peer.links else await self._dial(to, peer)
         await link.send(Channel.MIGRATION, frame, payload)
-        return link.payload_cost
 
     def close(self) -> None:
         """Ends every link."""

@@ -155,7 +155,7 @@ pub(crate) struct Split<'a, 'e, E> {
 /// The keys (or values) of the current split, as f32 in the order in which products read them.
 #[derive(Default)]
 pub(crate) struct Side {
-    /// Start of each key's vector in the cache, and of some behind the split.
+    /// Start of each key's vector in the cache, and of those behind the split.
     offsets: Vec<usize>,
     /// Some vectors as f32, [LANES, dim].
     rows: Vec<f32>,
@@ -164,26 +164,6 @@ pub(crate) struct Side {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-impl<E> Split<'_, '_, E> {
-    /// Notes what follows the split, as long as another one.
-    fn ask(&self, ahead: &mut Ahead) {
-        let layout = &self.cache.layout;
-        let mut key = self.end;
-        let end = self.limit.min(self.end + SPLIT);
-        while key < end {
-            let (block, slot) = (self.table[key / layout.block_size] as usize, key % layout.block_size);
-            let keys = (layout.block_size - slot).min(end - key);
-            // Where a block keeps a head's vectors side by side they are one run.
-            let lies_together = layout.offset(0, 1, 0) == layout.dim;
-            let (runs, len) = if lies_together { (1, keys * layout.dim) } else { (keys, layout.dim) };
-            for run in 0..runs {
-                ahead.push(&self.cache.values[layout.offset(block, slot + run, self.kv_head)..][..len]);
-            }
-            key += keys;
-        }
-    }
 }
 
 /// Appends where the vectors of the keys `range` start.
@@ -246,13 +226,21 @@ impl Side {
         }
     }
 
-    /// Finds the vectors of a split and some behind it; returns the padded dim.
+    /// Notes the vectors behind `split`, which was loaded.
+    #[inline(always)]
+    fn ask<E: Element>(&self, split: &Split<'_, '_, E>, ahead: &mut Ahead) {
+        for &offset in &self.offsets[split.end - split.start..] {
+            ahead.push(&split.cache.values[offset..][..split.cache.layout.dim]);
+        }
+    }
+
+    /// Finds the vectors of a split and of as many keys behind it; returns the padded dim.
     #[inline(always)]
     fn find<E: Element>(&mut self, split: &Split<'_, '_, E>) -> usize {
         let layout = &split.cache.layout;
         let dim = layout.dim.next_multiple_of(LANES);
         self.offsets.clear();
-        let keys = split.start..split.limit.min(split.end + AHEAD);
+        let keys = split.start..split.limit.min(split.end + SPLIT);
         find(layout, split.table, keys, split.kv_head, &mut self.offsets);
         self.columns.resize(SPLIT * dim / LANES, Column::default());
         dim
@@ -285,6 +273,10 @@ fn tile_body<E: Element, const FUSED: bool>(
         results.resume(tile.begun, line, kv_head, &mut scratch.state[line], &mut scratch.acc[line * dim..][..dim]);
     }
     let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
+    // As many groups as there must be, as even as they can be.
+    let groups = lines.div_ceil(lines::LINES);
+    let asks_ahead = groups <= MEMORY_BOUND;
+    let mut ahead = std::mem::take(&mut scratch.ahead);
     let mut split = tile.keys.start / SPLIT * SPLIT;
     while split < tile.keys.end {
         let range = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
@@ -293,13 +285,10 @@ fn tile_body<E: Element, const FUSED: bool>(
         let (keys, values) = (here(&args.k_cache), here(&args.v_cache));
         scratch.keys.turn::<E, FUSED>(&keys);
         scratch.values.spread(&values);
-        let mut ahead = std::mem::take(&mut scratch.ahead);
-        ahead.clear();
-        // As many groups as there must be, as even as they can be.
-        let groups = lines.div_ceil(lines::LINES);
-        if groups <= MEMORY_BOUND {
-            keys.ask(&mut ahead);
-            values.ask(&mut ahead);
+        if asks_ahead {
+            ahead.clear();
+            scratch.keys.ask(&keys, &mut ahead);
+            scratch.values.ask(&values, &mut ahead);
             ahead.within(groups * 2 * dim * (end - start).div_ceil(LANES));
         }
         let seen = |line: usize| {
@@ -317,15 +306,15 @@ fn tile_body<E: Element, const FUSED: bool>(
                     count += 1;
                 }
             }
-            if groups <= MEMORY_BOUND {
+            if asks_ahead {
                 lines::add_split::<E, _, FUSED>(args, scratch, &some[..count], &mut ahead);
             } else {
                 lines::add_split::<E, _, FUSED>(args, scratch, &some[..count], &mut ());
             }
         }
-        scratch.ahead = ahead;
         split += SPLIT;
     }
+    scratch.ahead = ahead;
     for line in 0..lines {
         let place = (tile.rows.at(line / group), kv_head * group + line % group);
         results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);

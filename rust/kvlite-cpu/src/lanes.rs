@@ -230,8 +230,9 @@ impl Beside for Ahead {
 }
 
 /// Steps of a product between two requests of `Ahead`.
-pub(crate) const PACE: usize = 8;
-const LINE_BYTES: usize = 64;
+const PACE: usize = 8;
+/// Of a cache line.
+pub(crate) const LINE_BYTES: usize = 64;
 
 /// Memory that is read later, asked for a few cache lines at a time while something else is computed: a processor has only
 /// so many requests under way, and one more would hold up the products behind it.

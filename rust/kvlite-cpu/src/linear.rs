@@ -23,7 +23,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::isa::{Isa, Kind, by_isa};
-use crate::lanes::{LANES, Lane, fma, sum, widen};
+use crate::lanes::{LANES, LINE_BYTES, Lane, fma, sum, widen};
 use crate::{Element, Error, Exec, Rows, RowsMut, bf16};
 
 /// Rows of x between two passes over the weights: they stay in the second-level cache.
@@ -41,8 +41,6 @@ const WIDEN_GROUPS: usize = 3;
 const GROUP: usize = 6;
 /// ... or 24, where a product of two vectors is one instruction and takes its second from memory.
 const NATIVE_GROUP: usize = 12;
-/// Of a cache line: rows of x start at one, or every load of a whole register would touch two.
-const LINE_BYTES: usize = 64;
 /// Products of bf16 that one instruction adds to each lane.
 const DOT: usize = 2;
 
@@ -193,6 +191,7 @@ impl<'a, P: Element, const C: usize> Packed<'a, P, C> {
         let len = rows.len() * chunks * C;
         values.clear();
         values.resize(len + C, P::default());
+        // Or every load of a whole register would touch two lines.
         let aligned = values.as_ptr().align_offset(LINE_BYTES).min(C);
         let values = &mut values[aligned..][..len];
         for (i, row) in rows.clone().enumerate() {
