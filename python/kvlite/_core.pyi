@@ -248,7 +248,8 @@ class Core:
     def import_block(self, ticket: int, choice: int, index: int) -> int:
         """The pool block to write; the same when asked again. CapacityError: beyond the reservation, and no room.
 
-        Nobody else gets the block before `import_filled` or `import_cancel`, even when the reservation expires.
+        Nobody else gets the block before `import_filled` or `import_cancel`, even when the reservation expires. A block
+        has one copy at a time: the end of the first would free it under a second.
         """
 
     def import_filled(self, ticket: int, choice: int, index: int) -> None:

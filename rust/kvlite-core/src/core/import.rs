@@ -5,7 +5,8 @@
 //!      `- ttl or import_cancel: rows and blocks are free; full exact blocks that landed stay cached, a replay hits them
 //! ```
 //! A block that a copy is writing into is in transfer and never given away: when the reservation expires meanwhile it
-//! stays until `import_filled` or `import_cancel` says that the copy has ended.
+//! stays until `import_filled` or `import_cancel` says that the copy has ended. Whoever copies has one copy at a time into
+//! a block: with a second under way the end of the first would free it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -207,7 +208,7 @@ impl Core {
     }
 
     /// The pool's block for block `index` of `choice` (full prompt blocks: of choice 0), to be written until `import_filled`;
-    /// asked for twice, the same one. Beyond the reservation where there is room.
+    /// asked for again, after a copy that ended well or not, the same one. Beyond the reservation where there is room.
     ///
     /// Errors: no such reservation, a block that the request never has or that is here already; `NoBlocks`.
     pub fn import_block(&mut self, ticket: u32, choice: u32, index: u32) -> Result<u32, CoreError> {

@@ -3,7 +3,7 @@
 //!
 //! A copy reads the source when it ends, not when it begins: what was not held by then is seen as wrong KV.
 
-use kvlite_core::{CoreError, FinishReason};
+use kvlite_core::{CoreError, ExportRow, FinishReason};
 
 use super::Asked;
 use super::engine::{Engine, Told};
@@ -14,6 +14,15 @@ struct Copy {
     hold: u32,
     /// Choice and index of each block, block of the source, block of the destination.
     blocks: Vec<(u32, u32, u32, u32)>,
+}
+
+impl Copy {
+    fn overlaps(&self, rows: &[ExportRow]) -> bool {
+        let is_again = |&[choice, index, _]: &ExportRow| {
+            self.blocks.iter().any(|block| (block.0 as i32, block.1 as i32) == (choice, index))
+        };
+        rows.iter().any(is_again)
+    }
 }
 
 /// A request between two engines.
@@ -50,6 +59,10 @@ impl Move {
         let (hold, rows) = from.core.export_stage(self.handle, self.hits)?;
         assert!(rows.len() <= left, "export_left promises no less than what goes");
         from.core.audit();
+        // A block that goes again, for its blend was made anew, has one writer at a time.
+        while self.copies.iter().any(|copy| copy.overlaps(&rows)) {
+            self.land(from, to);
+        }
         self.copies.push(Copy { hold, blocks: Vec::new() });
         for [choice, index, block] in rows {
             let (choice, index) = (choice as u32, index as u32);
