@@ -51,6 +51,18 @@ impl Isa {
     }
 }
 
+/// Whose caches these are: some hints mean other things to them.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn is_intel() -> bool {
+    static IS_INTEL: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *IS_INTEL.get_or_init(|| {
+        // SAFETY: every 64-bit x86 has the instruction; newer compilers call it safe.
+        #[allow(unsafe_code, unused_unsafe)]
+        let vendor = unsafe { std::arch::x86_64::__cpuid(0) };
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == *b"GenuineIntel"
+    })
+}
+
 /// Defines `fn $name<E>(isa, ...)`, which runs `$body::<E, FUSED>(...)` compiled for `isa`; E is one or more element types.
 macro_rules! by_isa {
     ($name:ident < $($element:ident),+ > = $body:ident ( $($arg:ident : $type:ty),* $(,)? )) => {
