@@ -420,7 +420,7 @@ def cpu_set_num_threads(num_threads: int) -> None:
     """Sets the threads that share one call; results stay the same bit for bit. Raises InvalidArgument."""
 
 def cpu_isa() -> str:
-    """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    """The instruction set in use: "portable", "avx2", "avx512", "avx512_bf16" or "amx"."""
 
 class FrameError(ValueError):
     """A migration frame is malformed, or an engine said what the protocol does not allow: close its link."""

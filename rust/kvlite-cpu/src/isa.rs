@@ -14,6 +14,8 @@ pub(crate) enum Kind {
     Avx2,
     Avx512,
     Avx512Bf16,
+    /// And tiles of bf16.
+    Amx,
 }
 
 impl Isa {
@@ -34,6 +36,9 @@ impl Isa {
                 found.push(Isa(Kind::Avx512));
                 if is_x86_feature_detected!("avx512bf16") {
                     found.push(Isa(Kind::Avx512Bf16));
+                    if has_tiles() {
+                        found.push(Isa(Kind::Amx));
+                    }
                 }
             }
         }
@@ -47,7 +52,13 @@ impl Isa {
             Kind::Avx2 => "avx2",
             Kind::Avx512 => "avx512",
             Kind::Avx512Bf16 => "avx512_bf16",
+            Kind::Amx => "amx",
         }
+    }
+
+    /// Whether an instruction multiplies pairs of bf16.
+    pub(crate) fn has_bf16(self) -> bool {
+        matches!(self.0, Kind::Avx512Bf16 | Kind::Amx)
     }
 }
 
@@ -56,11 +67,46 @@ impl Isa {
 pub(crate) fn is_intel() -> bool {
     static IS_INTEL: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     *IS_INTEL.get_or_init(|| {
-        // SAFETY: every 64-bit x86 has the instruction; newer compilers call it safe.
-        #[allow(unsafe_code, unused_unsafe)]
-        let vendor = unsafe { std::arch::x86_64::__cpuid(0) };
+        let vendor = cpuid(0);
         [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == *b"GenuineIntel"
     })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn cpuid(leaf: u32) -> std::arch::x86_64::CpuidResult {
+    // SAFETY: every 64-bit x86 has the instruction; newer compilers call it safe.
+    #[allow(unsafe_code, unused_unsafe)]
+    unsafe {
+        std::arch::x86_64::__cpuid_count(leaf, 0)
+    }
+}
+
+/// Whether there are tiles of bf16 and the system lets this process have them; asks for that, once.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn has_tiles() -> bool {
+    const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
+    const ARCH_PRCTL: usize = 158;
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    const TILE_DATA: usize = 18;
+    static HAS_TILES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *HAS_TILES.get_or_init(|| {
+        if cpuid(0).eax < 7 || cpuid(7).edx & TILES_AND_BF16 != TILES_AND_BF16 {
+            return false;
+        }
+        let mut result = ARCH_PRCTL;
+        // SAFETY: the call changes what threads of this process may use, and no memory.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::arch::asm!("syscall", inout("rax") result, in("rdi") ARCH_REQ_XCOMP_PERM, in("rsi") TILE_DATA,
+                out("rcx") _, out("r11") _, options(nostack));
+        }
+        result == 0
+    })
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn has_tiles() -> bool {
+    false
 }
 
 /// Defines `fn $name<E>(isa, ...)`, which runs `$body::<E, FUSED>(...)` compiled for `isa`; E is one or more element types.
@@ -80,7 +126,7 @@ macro_rules! by_isa {
                 }
                 match isa.0 {
                     // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`).
-                    $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Bf16 => return unsafe { avx512::<$($element),+>($($arg),*) },
+                    $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Bf16 | $crate::isa::Kind::Amx => return unsafe { avx512::<$($element),+>($($arg),*) },
                     // SAFETY: as above.
                     $crate::isa::Kind::Avx2 => return unsafe { avx2::<$($element),+>($($arg),*) },
                     $crate::isa::Kind::Portable => {}

@@ -10,8 +10,11 @@
 //!
 //! From a dozen rows on, where a lane takes two registers, four weight rows meet x together (`quads`). A product always
 //! adds the same lanes in the same order, so a row's result depends on that row alone. Many rows have forms of their own:
-//! of bf16 (`many`), which adds in the same order where that is asked for, and as f32 (`columns`), where it is not.
+//! of bf16 (`many`), which adds in the same order where that is asked for, and as f32 (`columns`), where it is not. With AMX
+//! every number of rows has one form (`amx`), but one row alone is fastest as a stream, where its bits may differ.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod columns;
 #[cfg(target_arch = "x86_64")]
 mod many;
@@ -86,7 +89,12 @@ pub fn linear<A: Element, W: Element>(
     args.check(out)?;
     let (outputs, out) = (args.weight.rows, &*out);
     let pieces = (exec.threads.count() * PIECES).min(outputs / PIECE_ROWS).max(1);
-    let native = exec.isa.0 == Kind::Avx512Bf16 && A::as_bf16(&[]).is_some() && W::as_bf16(&[]).is_some();
+    let native = exec.isa.has_bf16() && A::as_bf16(&[]).is_some() && W::as_bf16(&[]).is_some();
+    #[cfg(target_arch = "x86_64")]
+    if native && exec.isa.0 == Kind::Amx && amx::serves(args) && (args.invariant || args.x.rows > 1) {
+        amx::compute(exec, args, out);
+        return Ok(());
+    }
     #[cfg(target_arch = "x86_64")]
     if native && args.x.rows >= many::FEWEST_ROWS {
         many::compute(exec, args, out);
@@ -183,8 +191,8 @@ impl<'a, P: Element, const C: usize> Packed<'a, P, C> {
     fn new<A: Element, W>(args: &Linear<'_, A, W>, rows: Range<usize>, isa: Isa, values: &'a mut Vec<P>) -> Self {
         let group = match isa.0 {
             // Groups of one size: the last one's weights come from a cache, but its few sums would wait for each other.
-            Kind::Avx512Bf16 if C > LANES => rows.len().div_ceil(rows.len().div_ceil(NATIVE_GROUP)),
-            Kind::Avx512 | Kind::Avx512Bf16 => GROUP,
+            _ if C > LANES => rows.len().div_ceil(rows.len().div_ceil(NATIVE_GROUP)),
+            Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => GROUP,
             Kind::Avx2 | Kind::Portable => quads::GROUP,
         };
         let chunks = args.x.dim.div_ceil(C).max(1);

@@ -325,7 +325,7 @@ fn cpu_set_num_threads(num_threads: usize) -> PyResult<()> {
     Ok(())
 }
 
-/// The instruction set in use: portable, avx2, avx512 or avx512_bf16.
+/// The instruction set in use: portable, avx2, avx512, avx512_bf16 or amx.
 #[pyfunction]
 fn cpu_isa() -> &'static str {
     Isa::detect().name()

@@ -58,13 +58,13 @@ thread_local! {
 
 /// Whether words are pairs.
 fn is_native<E: Element>(isa: Isa) -> bool {
-    isa.0 == Kind::Avx512Bf16 && E::as_bf16(&[]).is_some()
+    isa.has_bf16() && E::as_bf16(&[]).is_some()
 }
 
 /// Whether it computes every tile of a model with `group` query heads per KV head. One head alone, as f32, is faster where
 /// nothing is turned.
 pub(super) fn serves<E: Element>(isa: Isa, group: usize) -> bool {
-    is_native::<E>(isa) || matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16) && group > 1
+    is_native::<E>(isa) || matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx) && group > 1
 }
 
 /// As `attention::compute_tile`, where `serves` says so.
@@ -75,7 +75,7 @@ pub(super) fn compute_tile<E: Element>(
     kv_head: usize,
     results: &mut Results<'_, '_, E>,
 ) {
-    assert!(matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16));
+    assert!(matches!(isa.0, Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx));
     SCRATCH.with_borrow_mut(|scratch| {
         let walk = Walk { args, tile, kv_head, scratch };
         // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`), and this is one of two.

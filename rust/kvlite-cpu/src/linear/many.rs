@@ -35,7 +35,7 @@ const TILE: usize = 8;
 const PIECE_BYTES: usize = 320 << 10;
 
 /// One pair of K of 16 rows, or 16 pairs of one row.
-type Pairs = __m512i;
+pub(super) type Pairs = __m512i;
 /// Sums of a tile with a panel, some registers of it unused.
 type Sums = [[__m512; PANEL]; TILE];
 
@@ -205,21 +205,34 @@ fn block<A: Element, W: Element, const R: usize>(
         for (column, sums) in columns.iter_mut().zip(sums.as_flattened()) {
             *column = _mm512_castps_si512(sums[register]);
         }
-        for (sums, row) in transpose(columns).iter().zip(panel.first + register * LANES..args.x.rows) {
-            // SAFETY: both are 64 bytes in which every bit pattern is a value.
-            #[allow(unsafe_code)]
-            let sums: &Lane = unsafe { &*std::ptr::from_ref(sums).cast() };
-            let bias = args.bias.map_or(&[][..], |bias| &bias[outputs.clone()]);
-            // SAFETY: tasks have distinct ranges of outputs.
-            #[allow(unsafe_code)]
-            let target = unsafe { out.heads_mut(row, outputs.clone()) };
-            if let (Ok(target), true) = (<&mut [A; LANES]>::try_from(&mut *target), bias.is_empty()) {
-                *target = sums.map(A::from_f32);
-            } else {
-                let mut sums = *sums;
-                sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f32());
-                target.iter_mut().zip(sums).for_each(|(target, sum)| *target = A::from_f32(sum));
-            }
+        write_turned(args, panel.first + register * LANES, outputs.clone(), transpose(columns), out);
+    }
+}
+
+/// Adds the bias and writes the sums of up to 16 rows of x, the first of which is row `first`, with the weight rows `outputs`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+#[inline]
+pub(super) fn write_turned<A: Element, W: Element>(
+    args: &Linear<'_, A, W>,
+    first: usize,
+    outputs: Range<usize>,
+    sums: [Pairs; LANES],
+    out: &RowsMut<'_, A>,
+) {
+    let bias = args.bias.map_or(&[][..], |bias| &bias[outputs.clone()]);
+    for (sums, row) in sums.iter().zip(first..args.x.rows) {
+        // SAFETY: both are 64 bytes in which every bit pattern is a value.
+        #[allow(unsafe_code)]
+        let sums: &Lane = unsafe { &*std::ptr::from_ref(sums).cast() };
+        // SAFETY: tasks have distinct ranges of outputs.
+        #[allow(unsafe_code)]
+        let target = unsafe { out.heads_mut(row, outputs.clone()) };
+        if let (Ok(target), true) = (<&mut [A; LANES]>::try_from(&mut *target), bias.is_empty()) {
+            *target = sums.map(A::from_f32);
+        } else {
+            let mut sums = *sums;
+            sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f32());
+            target.iter_mut().zip(sums).for_each(|(target, sum)| *target = A::from_f32(sum));
         }
     }
 }
@@ -299,7 +312,7 @@ fn pairs(pairs: Pairs) -> __m512bh {
 /// Calls `put` with each chunk of K of up to 16 rows, turned: the pairs of one lane together; the last ends in zeros.
 #[target_feature(enable = "avx512f,avx512vl,avx2")]
 #[inline]
-fn turn<E: Element>(values: &Rows<'_, E>, rows: &Range<usize>, mut put: impl FnMut(usize, [Pairs; LANES])) {
+pub(super) fn turn<E: Element>(values: &Rows<'_, E>, rows: &Range<usize>, mut put: impl FnMut(usize, [Pairs; LANES])) {
     // The last row stands for those that do not exist: nobody looks at its products there.
     let row = |i: usize| E::as_bf16(values.row((rows.start + i).min(rows.end - 1))).expect("both sides are bf16");
     let rows: [(&[_], &[_]); LANES] = std::array::from_fn(|i| row(i).as_chunks::<{ DOT * LANES }>());
@@ -330,7 +343,7 @@ fn register(pairs: &[bf16; DOT * LANES]) -> Pairs {
 /// [i][j] becomes [j][i]: quarters of four rows are turned within themselves, then quarters change places.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(super) fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     let mut quarters = rows;
     for (quarter, r) in quarters.chunks_exact_mut(4).zip(rows.chunks_exact(4)) {
         let (a, b) = (_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
