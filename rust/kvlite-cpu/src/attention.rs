@@ -166,19 +166,30 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Appends where the vectors of the keys `range` start.
+/// Calls `put` with where the vectors of the keys `range` start, block by block: the first one's place, how many there are.
 #[inline(always)]
-fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize, offsets: &mut Vec<usize>) {
-    let step = layout.offset(0, 1, 0);
+fn find_runs(
+    layout: &CacheLayout,
+    table: &[i32],
+    range: Range<usize>,
+    kv_head: usize,
+    mut put: impl FnMut(usize, usize),
+) {
     let mut key = range.start;
     while key < range.end {
         let (block, slot) = (key / layout.block_size, key % layout.block_size);
         let run = (layout.block_size - slot).min(range.end - key);
         let block = table[block] as usize; // checked by `BlockTable::check_keys`
-        let first = layout.offset(block, slot, kv_head);
-        offsets.extend((0..run).map(|i| first + i * step));
+        put(layout.offset(block, slot, kv_head), run);
         key += run;
     }
+}
+
+/// Appends where the vectors of the keys `range` start.
+#[inline(always)]
+fn find(layout: &CacheLayout, table: &[i32], range: Range<usize>, kv_head: usize, offsets: &mut Vec<usize>) {
+    let step = layout.offset(0, 1, 0);
+    find_runs(layout, table, range, kv_head, |first, run| offsets.extend((0..run).map(|i| first + i * step)));
 }
 
 impl Side {
@@ -289,7 +300,7 @@ fn tile_body<E: Element, const FUSED: bool>(
             ahead.clear();
             scratch.keys.ask(&keys, &mut ahead);
             scratch.values.ask(&values, &mut ahead);
-            ahead.within(groups * 2 * dim * (end - start).div_ceil(LANES));
+            ahead.within(groups * 2 * dim * (end - start).div_ceil(LANES) / lanes::PACE);
         }
         let seen = |line: usize| {
             let visible = args.visible(tile.sequence, tile.rows.at(line / group));

@@ -219,7 +219,7 @@ impl Beside for Ahead {
     ) -> [[Lane; P]; G] {
         let len = left[0].len();
         for start in (0..len).step_by(PACE) {
-            self.fetch();
+            self.ask();
             let part = start..len.min(start + PACE);
             let left: [&[f32]; G] = std::array::from_fn(|g| &left[g][part.clone()]);
             let right: [&[Column]; P] = std::array::from_fn(|p| &right[p][part.clone()]);
@@ -230,7 +230,7 @@ impl Beside for Ahead {
 }
 
 /// Steps of a product between two requests of `Ahead`.
-const PACE: usize = 8;
+pub(crate) const PACE: usize = 8;
 /// Of a cache line.
 pub(crate) const LINE_BYTES: usize = 64;
 
@@ -256,18 +256,22 @@ impl Ahead {
 
     /// Memory that comes next.
     pub(crate) fn push<E>(&mut self, memory: &[E]) {
-        let run = memory.as_ptr_range();
-        self.runs.push(run.start.addr()..run.end.addr());
+        let Range { start, end } = memory.as_ptr_range();
+        match self.runs.last_mut() {
+            Some(last) if last.end == start.addr() => last.end = end.addr(),
+            _ => self.runs.push(start.addr()..end.addr()),
+        }
     }
 
-    /// Everything is to be asked for within so many steps of products.
-    pub(crate) fn within(&mut self, steps: usize) {
+    /// Everything is to be asked for in so many times.
+    pub(crate) fn within(&mut self, times: usize) {
         let lines = self.runs.iter().map(Range::len).sum::<usize>().div_ceil(LINE_BYTES);
-        self.lines = (lines * PACE).div_ceil(steps.max(1));
+        self.lines = lines.div_ceil(times.max(1));
     }
 
+    /// Asks for what it is time for.
     #[inline(always)]
-    fn fetch(&mut self) {
+    pub(crate) fn ask(&mut self) {
         for _ in 0..self.lines {
             if self.rest.is_empty() {
                 let Some(run) = self.runs.get(self.begun) else {
@@ -276,7 +280,7 @@ impl Ahead {
                 };
                 (self.rest, self.begun) = (run.clone(), self.begun + 1);
             }
-            prefetch(std::ptr::without_provenance(self.rest.start));
+            prefetch::<2>(std::ptr::without_provenance(self.rest.start));
             self.rest.start += LINE_BYTES;
         }
     }
@@ -284,13 +288,12 @@ impl Ahead {
 
 /// Asks for the cache line at an address.
 #[inline(always)]
-fn prefetch(address: *const u8) {
+fn prefetch<const HINT: i32>(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch touches no memory that the program can see, at any address.
     #[allow(unsafe_code)]
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        std::arch::x86_64::_mm_prefetch::<HINT>(address.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
@@ -301,7 +304,7 @@ fn prefetch(address: *const u8) {
 pub(crate) fn fetch<E>(memory: &[E], offset: usize, len: usize) {
     let address = memory.as_ptr().wrapping_add(offset).cast::<u8>();
     for line in 0..(len * size_of::<E>()).div_ceil(LINE_BYTES) {
-        prefetch(address.wrapping_add(line * LINE_BYTES));
+        prefetch::<3>(address.wrapping_add(line * LINE_BYTES));
     }
 }
 

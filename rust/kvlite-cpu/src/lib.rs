@@ -5,7 +5,7 @@
 //! alone: never on batch mates, chunking, block size or the number of threads.
 //!
 //! `element` (f32, bf16, f16) · `view` (checked strided views) · `lanes` (inner loops) · `isa` (instruction sets) ·
-//! `threads` (who computes which task) · `attention`, `key_mass`, `linear`, `place_kv`, `rms_norm`, `rope`, `sample`,
+//! `tiles` (products of AMX) · `threads` (who computes which task) · `attention`, `key_mass`, `linear`, `place_kv`, `rms_norm`, `rope`, `sample`,
 //! `silu_mul`, `store_kv` (the ops).
 
 mod attention;
@@ -22,6 +22,8 @@ mod sample;
 mod silu_mul;
 mod store_kv;
 mod threads;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod view;
 
 pub use attention::{Attention, PrefixGroups, attention};

@@ -7,10 +7,11 @@
 //!
 //! Keys are turned as they are read, so no sum crosses lanes; values are read in place. With AVX-512 BF16, scores of bf16
 //! are exact products summed in f32 and weights are rounded to bf16, as the GPU kernels round them; elsewhere all is f32.
-//! A sum runs in ascending order wherever its tile begins and ends, and two keys always share the same word. Called by
-//! `attention`.
+//! A sum runs in ascending order wherever its tile begins and ends, and two keys always share the same word. With AMX both
+//! products are made of tiles (`tiles`). Called by `attention`.
 
 mod product;
+mod tiles;
 mod words;
 
 use std::cell::RefCell;
@@ -19,11 +20,12 @@ use std::ops::Range;
 use self::product::{Lying, Turned, add_product, round};
 use self::words::{PANEL, Row, lanes_of, load, transposed, word};
 use super::parts::Results;
-use super::plan::Tile;
+use super::plan;
 use super::{AHEAD, Attention, find, merge, weigh};
 use crate::Element;
 use crate::isa::{Isa, Kind};
-use crate::lanes::{LANES, Lane, SCORES, SPLIT, fetch};
+use crate::lanes::{Ahead, LANES, Lane, SCORES, SPLIT, fetch};
+use crate::tiles::Tile;
 
 /// Most lines that meet a panel together: their sums fill 16 of 32 registers.
 const LINES: usize = 8;
@@ -38,18 +40,22 @@ struct Scratch {
     value_offsets: Vec<usize>,
     /// The split's keys, [panels of keys, words].
     keys: Vec<Row>,
-    /// Scores, then weights, of some lines, [LINES, SCORES].
+    /// The split's values where tiles want them turned, [chunks of keys, dim / LANES].
+    values: Vec<Tile>,
+    /// Scores, then weights, of some lines, [LANES, SCORES].
     scores: Vec<f32>,
     /// Weights of the split, [lines, words of keys].
     weights: Vec<u32>,
     /// (max, sum) of the split per line.
     new: Vec<(f32, f32)>,
-    /// Output of the split for some lines, [LINES, dim].
+    /// Output of the split for some lines, [LANES, dim].
     partial: Vec<f32>,
     /// Running (max, sum) per line.
     state: Vec<(f32, f32)>,
     /// Running output per line, [lines, dim].
     acc: Vec<f32>,
+    /// What the next split reads.
+    ahead: Ahead,
 }
 
 thread_local! {
@@ -71,7 +77,7 @@ pub(super) fn serves<E: Element>(isa: Isa, group: usize) -> bool {
 pub(super) fn compute_tile<E: Element>(
     isa: Isa,
     args: &Attention<'_, E>,
-    tile: &Tile,
+    tile: &plan::Tile,
     kv_head: usize,
     results: &mut Results<'_, '_, E>,
 ) {
@@ -81,7 +87,11 @@ pub(super) fn compute_tile<E: Element>(
         // SAFETY: an `Isa` is made only after its instructions were detected (`Isa::available`), and this is one of two.
         #[allow(unsafe_code)]
         unsafe {
-            if is_native::<E>(isa) { walk.run::<true>(results) } else { walk.run::<false>(results) }
+            match is_native::<E>(isa) {
+                true if isa.0 == Kind::Amx => walk.run_tiles(results),
+                true => walk.run::<true>(results),
+                false => walk.run::<false>(results),
+            }
         }
     });
 }
@@ -106,34 +116,19 @@ macro_rules! by_lines {
 /// A tile's way over its splits.
 struct Walk<'a, 'e, E> {
     args: &'a Attention<'e, E>,
-    tile: &'a Tile,
+    tile: &'a plan::Tile,
     kv_head: usize,
     scratch: &'a mut Scratch,
 }
 
-impl<E: Element> Walk<'_, '_, E> {
+impl<'a, E: Element> Walk<'a, '_, E> {
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
     fn run<const NATIVE: bool>(mut self, results: &mut Results<'_, '_, E>) {
-        self.start::<NATIVE>();
-        let (args, tile) = (self.args, self.tile);
-        let (lines, group, dim) = (self.lines(), self.group(), self.dim());
-        for line in 0..lines {
-            let Scratch { state, acc, .. } = &mut *self.scratch;
-            results.resume(tile.begun, line, self.kv_head, &mut state[line], &mut acc[line * dim..][..dim]);
-        }
-        let table = args.block_table.row(args.seq_row[tile.sequence] as usize);
-        for split in (tile.keys.start / SPLIT * SPLIT..tile.keys.end).step_by(SPLIT) {
-            let keys = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
-            let found = keys.start..tile.keys.end.min(keys.end + AHEAD);
-            for (layout, offsets) in [
-                (&args.k_cache.layout, &mut self.scratch.key_offsets),
-                (&args.v_cache.layout, &mut self.scratch.value_offsets),
-            ] {
-                offsets.clear();
-                offsets.resize(keys.start - split, 0);
-                find(layout, table, found.clone(), self.kv_head, offsets);
-            }
-            self.turn_keys::<NATIVE>(keys.start - split..keys.end - split);
+        self.start::<NATIVE>(results);
+        let lines = self.lines();
+        for split in self.splits() {
+            let keys = self.find_keys(split, AHEAD);
+            self.turn_keys::<NATIVE>(keys, true);
             for first in (0..lines).step_by(LINES) {
                 by_lines!(lines - first, self.score_lines(first, split));
             }
@@ -141,10 +136,41 @@ impl<E: Element> Walk<'_, '_, E> {
                 by_lines!(lines - first, self.add_lines(first, split));
             }
         }
-        let scratch = self.scratch;
-        for line in 0..lines {
-            let place = (tile.rows.at(line / group), self.kv_head * group + line % group);
-            results.write(line, place, scratch.state[line], &scratch.acc[line * dim..][..dim]);
+        self.write(results);
+    }
+
+    /// The block table of the tile's keys.
+    fn table(&self) -> &'a [i32] {
+        self.args.block_table.row(self.args.seq_row[self.tile.sequence] as usize)
+    }
+
+    /// Where the splits of the tile start.
+    fn splits(&self) -> impl Iterator<Item = usize> + use<E> {
+        (self.tile.keys.start / SPLIT * SPLIT..self.tile.keys.end).step_by(SPLIT)
+    }
+
+    /// Finds the keys and values of a split and `more` behind it; returns which of the split's there are.
+    fn find_keys(&mut self, split: usize, more: usize) -> Range<usize> {
+        let (args, tile) = (self.args, self.tile);
+        let keys = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
+        let found = keys.start..tile.keys.end.min(keys.end + more);
+        let table = self.table();
+        for (layout, offsets) in [
+            (&args.k_cache.layout, &mut self.scratch.key_offsets),
+            (&args.v_cache.layout, &mut self.scratch.value_offsets),
+        ] {
+            offsets.clear();
+            offsets.resize(keys.start - split, 0);
+            find(layout, table, found.clone(), self.kv_head, offsets);
+        }
+        keys.start - split..keys.end - split
+    }
+
+    fn write(self, results: &mut Results<'_, '_, E>) {
+        let (group, dim) = (self.group(), self.dim());
+        for line in 0..self.lines() {
+            let place = (self.tile.rows.at(line / group), self.kv_head * group + line % group);
+            results.write(line, place, self.scratch.state[line], &self.scratch.acc[line * dim..][..dim]);
         }
     }
 
@@ -173,37 +199,46 @@ impl<E: Element> Walk<'_, '_, E> {
     }
 
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
-    fn start<const NATIVE: bool>(&mut self) {
+    fn start<const NATIVE: bool>(&mut self, results: &Results<'_, '_, E>) {
         let (lines, group, dim, words) = (self.lines(), self.group(), self.dim(), self.words::<NATIVE>());
         let scratch = &mut *self.scratch;
-        scratch.q.resize(lines * words, 0);
-        for (line, target) in scratch.q.chunks_exact_mut(words).enumerate() {
+        // Tiles take LANES lines from any one on; nobody looks at what comes out for those that do not exist.
+        let padded = lines + LANES;
+        scratch.q.resize(padded * words, 0);
+        for (line, target) in scratch.q.chunks_exact_mut(words).enumerate().take(lines) {
             let q = self.args.q.head(self.tile.rows.at(line / group), self.kv_head * group + line % group);
             for (block, target) in target.as_chunks_mut().0.iter_mut().enumerate() {
                 *target = lanes_of(load::<E, NATIVE>(q, 0, q.len(), block));
             }
         }
         scratch.keys.resize(SPLIT / PANEL * words, Row::default());
-        scratch.scores.resize(LINES * SCORES, 0.0);
-        scratch.weights.resize(lines * SPLIT / word(NATIVE), 0);
+        scratch.scores.resize(LANES * SCORES, 0.0);
+        scratch.weights.resize(padded * SPLIT / word(NATIVE), 0);
         scratch.new.resize(lines, (0.0, 0.0));
-        scratch.partial.resize(LINES * dim, 0.0);
+        scratch.partial.resize(LANES * dim, 0.0);
         scratch.state.clear();
         scratch.state.resize(lines, (f32::NEG_INFINITY, 0.0));
         scratch.acc.clear();
         scratch.acc.resize(lines * dim, 0.0);
+        for line in 0..lines {
+            let acc = &mut scratch.acc[line * dim..][..dim];
+            results.resume(self.tile.begun, line, self.kv_head, &mut scratch.state[line], acc);
+        }
     }
 
-    /// Panels of the split's keys; lanes without a key are anything.
+    /// Panels of the split's keys; lanes without a key are anything. Asks for the next ones, or for what is ahead.
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
     #[inline(never)]
-    fn turn_keys<const NATIVE: bool>(&mut self, keys: Range<usize>) {
+    fn turn_keys<const NATIVE: bool>(&mut self, keys: Range<usize>, asks: bool) {
         let (dim, words) = (self.args.q.dim, self.words::<NATIVE>());
         let cache = self.args.k_cache.values;
-        let Scratch { key_offsets, keys: panels, .. } = &mut *self.scratch;
+        let Scratch { key_offsets, keys: panels, ahead, .. } = &mut *self.scratch;
         for first in (keys.start / LANES * LANES..keys.end).step_by(LANES) {
-            let ahead = key_offsets.get(first + AHEAD..).unwrap_or(&[]);
-            ahead.iter().take(LANES).for_each(|&offset| fetch(cache, offset, dim));
+            if asks {
+                let ahead = key_offsets.get(first + AHEAD..).unwrap_or(&[]);
+                ahead.iter().take(LANES).for_each(|&offset| fetch(cache, offset, dim));
+            }
+            ahead.ask();
             let (panel, half) = (&mut panels[first / PANEL * words..][..words], first / LANES % 2);
             // The nearest key stands for those that are not there.
             let offsets: [usize; LANES] =
@@ -235,22 +270,9 @@ impl<E: Element> Walk<'_, '_, E> {
         add_product::<G, P, NATIVE>(q, right, start..end, (scores.as_chunks_mut().0, SCORES / LANES));
         for (g, keys) in seen.iter().enumerate().filter(|(_, keys)| !keys.is_empty()) {
             let scores = &mut scores[g * SCORES..][..SCORES];
-            scores[keys.clone()].iter_mut().for_each(|score| *score *= self.args.scale);
-            new[first + g] = weigh::<true>(scores, keys);
-            // The other halves of the first and the last word.
-            scores[keys.start.saturating_sub(1)..keys.start].fill(0.0);
-            scores[keys.end] = 0.0;
             let len = SPLIT / word(NATIVE);
-            let weights = &mut weights[(first + g) * len..][..len];
-            if NATIVE {
-                // SAFETY: `compute_tile` sets NATIVE only where the machine has AVX-512 BF16.
-                #[allow(unsafe_code)]
-                unsafe {
-                    round(scores, weights);
-                }
-            } else {
-                weights.iter_mut().zip(&*scores).for_each(|(weight, score)| *weight = score.to_bits());
-            }
+            new[first + g] =
+                weights_of::<NATIVE>(scores, keys, self.args.scale, &mut weights[(first + g) * len..][..len]);
         }
     }
 
@@ -290,6 +312,31 @@ impl<E: Element> Walk<'_, '_, E> {
             merge::<true>(&mut state[line], &mut acc[line * dim..][..dim], new[line], &partial[g * dim..][..dim]);
         }
     }
+}
+
+/// Turns the scores of `keys` into `weights`, those of other keys 0; returns (max, sum).
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+#[inline]
+fn weights_of<const NATIVE: bool>(
+    scores: &mut [f32],
+    keys: &Range<usize>,
+    scale: f32,
+    weights: &mut [u32],
+) -> (f32, f32) {
+    scores[keys.clone()].iter_mut().for_each(|score| *score *= scale);
+    let new = weigh::<true>(scores, keys);
+    scores[..keys.start].fill(0.0);
+    scores[keys.end..].fill(0.0);
+    if NATIVE {
+        // SAFETY: `compute_tile` sets NATIVE only where the machine has AVX-512 BF16.
+        #[allow(unsafe_code)]
+        unsafe {
+            round(scores, weights);
+        }
+    } else {
+        weights.iter_mut().zip(&*scores).for_each(|(weight, score)| *weight = score.to_bits());
+    }
+    new
 }
 
 /// Values of a split.

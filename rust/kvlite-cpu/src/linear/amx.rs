@@ -9,9 +9,8 @@
 //!   a block of weight rows   4 tiles, in the second-level cache:  4 x 1 (16 rows of x or fewer) or twice 2 x 2 tiles of sums
 //! ```
 //!
-//! Called by `linear`. The instructions are written out, for the compiler does not offer them yet; it never uses tiles itself.
+//! Called by `linear`.
 
-use std::arch::asm;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -19,6 +18,7 @@ use super::many::{Pairs, transpose, turn, write_turned};
 use super::native::padded;
 use super::{DOT, LINE_BYTES, Linear, PIECES};
 use crate::lanes::LANES;
+use crate::tiles::{Tile, Tiles};
 use crate::{Element, Exec, RowsMut, bf16};
 
 /// Weight rows that meet all of x, in tiles.
@@ -26,17 +26,12 @@ const BLOCK: usize = 4;
 /// Bytes of x that are packed at once: they stay in a second-level cache of 2 MiB.
 const PACKED_BYTES: usize = 1280 << 10;
 
-/// Rows of weights, pairs of x, or sums: 16 times 64 bytes.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Tile([Pairs; LANES]);
-
 thread_local! {
     /// The caller's rows of x.
     static PACKED: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
 }
 
-/// 16 weight rows: where they lie, the bytes from row to row, and the chunk of K that is no whole one, with zeros behind it.
+/// 16 weight rows: where they lie, the bytes from row to row, and the chunk of K that is no whole one, zeros behind it.
 struct Weights {
     start: *const u8,
     stride: usize,
@@ -58,7 +53,7 @@ pub(super) fn compute<A: Element, W: Element>(exec: &Exec, args: &Linear<'_, A, 
     for start in (0..args.x.rows).step_by(block_rows) {
         let rows = start..args.x.rows.min(start + block_rows);
         PACKED.with_borrow_mut(|packed| {
-            packed.resize(rows.len().div_ceil(LANES) * chunks, zeros());
+            packed.resize(rows.len().div_ceil(LANES) * chunks, Tile::zeros());
             let parts: Vec<_> = packed.chunks_exact_mut(chunks).map(std::sync::Mutex::new).collect();
             exec.threads.run(parts.len(), rows.len() * inputs, |group| {
                 let first = rows.start + group * LANES;
@@ -94,10 +89,12 @@ fn compute_piece<A: Element, W: Element>(
 ) {
     let groups: Vec<&[Tile]> = x.chunks_exact(chunks).collect();
     let whole = args.x.dim / (DOT * LANES);
-    let mut sums = [zeros(); BLOCK];
-    configure();
+    let mut sums = [Tile::zeros(); BLOCK];
+    // SAFETY: the caller's `Isa` says that there are tiles.
+    #[allow(unsafe_code)]
+    let tiles = unsafe { Tiles::new() };
     for first in piece.clone().step_by(BLOCK * LANES) {
-        let tiles = (piece.end - first).div_ceil(LANES).min(BLOCK);
+        let count = (piece.end - first).div_ceil(LANES).min(BLOCK);
         // The last tile is the last 16 rows, and those behind it are it again: their sums are made and written twice.
         let starts: [usize; BLOCK] = std::array::from_fn(|i| (first + i * LANES).min(piece.end - LANES));
         let weights = starts.map(|start| weights_from(args, start));
@@ -105,14 +102,14 @@ fn compute_piece<A: Element, W: Element>(
             let row = first_row + 2 * g * LANES;
             match *group {
                 [x] => {
-                    add_four(&weights, whole, x, &mut sums);
-                    for (sums, start) in sums.iter().zip(starts).take(tiles) {
+                    add_four(&tiles, &weights, whole, x, &mut sums);
+                    for (sums, start) in sums.iter().zip(starts).take(count) {
                         write_turned(args, row, start..start + LANES, transpose(sums.0), out);
                     }
                 }
                 [x0, x1] => {
-                    for half in (0..tiles).step_by(2) {
-                        add_square([&weights[half], &weights[half + 1]], whole, [x0, x1], &mut sums);
+                    for half in (0..count).step_by(2) {
+                        add_square(&tiles, [&weights[half], &weights[half + 1]], whole, [x0, x1], &mut sums);
                         for (i, sums) in sums.iter().enumerate() {
                             let start = starts[half + i / 2];
                             write_turned(args, row + i % 2 * LANES, start..start + LANES, transpose(sums.0), out);
@@ -123,13 +120,12 @@ fn compute_piece<A: Element, W: Element>(
             }
         }
     }
-    release();
 }
 
 /// The 16 weight rows from `start` on.
 fn weights_from<A, W: Element>(args: &Linear<'_, A, W>, start: usize) -> Weights {
     let row = |i: usize| W::as_bf16(args.weight.row(start + i)).expect("the weights are bf16");
-    let mut tail = zeros();
+    let mut tail = Tile::zeros();
     for (i, target) in tail.0.iter_mut().enumerate() {
         let (_, rest) = row(i).as_chunks::<{ DOT * LANES }>();
         let padded = padded(rest);
@@ -144,135 +140,49 @@ fn weights_from<A, W: Element>(args: &Linear<'_, A, W>, start: usize) -> Weights
 
 /// `sums` of four times 16 weight rows with 16 rows of x.
 #[inline(always)]
-fn add_four(weights: &[Weights; BLOCK], whole: usize, x: &[Tile], sums: &mut [Tile; BLOCK]) {
-    let add = |x: &Tile, [a, b, c, d]: [*const u8; BLOCK], stride: usize| {
-        // SAFETY: each source is 16 rows of 64 bytes, and so is x; the tiles are configured.
-        #[allow(unsafe_code)]
-        unsafe {
-            asm!(
-                "tileloadd tmm4, [{x} + {line}*1]",
-                "tileloadd tmm5, [{a} + {stride}*1]",
-                "tdpbf16ps tmm0, tmm5, tmm4",
-                "tileloadd tmm6, [{b} + {stride}*1]",
-                "tdpbf16ps tmm1, tmm6, tmm4",
-                "tileloadd tmm7, [{c} + {stride}*1]",
-                "tdpbf16ps tmm2, tmm7, tmm4",
-                "tileloadd tmm5, [{d} + {stride}*1]",
-                "tdpbf16ps tmm3, tmm5, tmm4",
-                x = in(reg) x, line = in(reg) LINE_BYTES, stride = in(reg) stride,
-                a = in(reg) a, b = in(reg) b, c = in(reg) c, d = in(reg) d,
-                options(readonly, nostack, preserves_flags)
-            );
-        }
-    };
-    clear();
+fn add_four(tiles: &Tiles, weights: &[Weights; BLOCK], whole: usize, x: &[Tile], sums: &mut [Tile; BLOCK]) {
     let starts = weights.each_ref().map(|weights| weights.start);
-    for (chunk, x) in x[..whole].iter().enumerate() {
-        add(x, starts.map(|start| start.wrapping_add(chunk * LINE_BYTES)), weights[0].stride);
+    tiles.clear();
+    // SAFETY: each side is 16 rows of 64 bytes of x or of weights.
+    #[allow(unsafe_code)]
+    unsafe {
+        for (chunk, x) in x[..whole].iter().enumerate() {
+            let left = starts.map(|start| start.wrapping_add(chunk * LINE_BYTES));
+            tiles.add_column(left, weights[0].stride, x.start(), LINE_BYTES);
+        }
+        if let Some(x) = x.get(whole) {
+            tiles.add_column(weights.each_ref().map(|weights| weights.tail.start()), LINE_BYTES, x.start(), LINE_BYTES);
+        }
     }
-    if let Some(x) = x.get(whole) {
-        add(x, weights.each_ref().map(|weights| (&raw const weights.tail).cast()), LINE_BYTES);
-    }
-    store(sums);
+    store(tiles, sums);
 }
 
 /// `sums` [16 weight rows, 16 rows of x] of twice 16 weight rows with 32 rows of x.
 #[inline(always)]
-fn add_square(weights: [&Weights; 2], whole: usize, x: [&[Tile]; 2], sums: &mut [Tile; BLOCK]) {
-    let add = |[x0, x1]: [&Tile; 2], [a, b]: [*const u8; 2], stride: usize| {
-        // SAFETY: each source is 16 rows of 64 bytes, and so is x; the tiles are configured.
-        #[allow(unsafe_code)]
-        unsafe {
-            asm!(
-                "tileloadd tmm4, [{x0} + {line}*1]",
-                "tileloadd tmm6, [{a} + {stride}*1]",
-                "tdpbf16ps tmm0, tmm6, tmm4",
-                "tileloadd tmm5, [{x1} + {line}*1]",
-                "tdpbf16ps tmm1, tmm6, tmm5",
-                "tileloadd tmm7, [{b} + {stride}*1]",
-                "tdpbf16ps tmm2, tmm7, tmm4",
-                "tdpbf16ps tmm3, tmm7, tmm5",
-                x0 = in(reg) x0, x1 = in(reg) x1, line = in(reg) LINE_BYTES, stride = in(reg) stride,
-                a = in(reg) a, b = in(reg) b,
-                options(readonly, nostack, preserves_flags)
-            );
-        }
-    };
-    clear();
+fn add_square(tiles: &Tiles, weights: [&Weights; 2], whole: usize, x: [&[Tile]; 2], sums: &mut [Tile; BLOCK]) {
     let starts = weights.map(|weights| weights.start);
-    for (chunk, (x0, x1)) in x[0][..whole].iter().zip(&x[1][..whole]).enumerate() {
-        add([x0, x1], starts.map(|start| start.wrapping_add(chunk * LINE_BYTES)), weights[0].stride);
-    }
-    if let [Some(x0), Some(x1)] = x.map(|x| x.get(whole)) {
-        add([x0, x1], weights.map(|weights| (&raw const weights.tail).cast()), LINE_BYTES);
-    }
-    store(sums);
-}
-
-fn zeros() -> Tile {
-    // SAFETY: every bit pattern is a value of it.
+    tiles.clear();
+    // SAFETY: each side is 16 rows of 64 bytes of x or of weights.
     #[allow(unsafe_code)]
     unsafe {
-        std::mem::zeroed()
+        for (chunk, (x0, x1)) in x[0][..whole].iter().zip(&x[1][..whole]).enumerate() {
+            let left = starts.map(|start| start.wrapping_add(chunk * LINE_BYTES));
+            tiles.add_square(left, weights[0].stride, [x0.start(), x1.start()], LINE_BYTES);
+        }
+        if let [Some(x0), Some(x1)] = x.map(|x| x.get(whole)) {
+            let left = weights.map(|weights| weights.tail.start());
+            tiles.add_square(left, LINE_BYTES, [x0.start(), x1.start()], LINE_BYTES);
+        }
     }
-}
-
-/// Every tile is 16 rows of 64 bytes from here on.
-fn configure() {
-    #[repr(C, align(64))]
-    struct Config {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        row_bytes: [u16; 16],
-        rows: [u8; 16],
-    }
-    let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
-    row_bytes[..8].fill(LINE_BYTES as u16);
-    rows[..8].fill(LANES as u8);
-    let config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
-    // SAFETY: the caller's `Isa` says that there are tiles; 64 bytes are read.
-    #[allow(unsafe_code)]
-    unsafe {
-        asm!("ldtilecfg [{}]", in(reg) &config, options(readonly, nostack, preserves_flags));
-    }
-}
-
-/// The thread has no tiles any more: the system need not keep them.
-fn release() {
-    // SAFETY: the caller's `Isa` says that there are tiles.
-    #[allow(unsafe_code)]
-    unsafe {
-        asm!("tilerelease", options(nomem, nostack, preserves_flags));
-    }
+    store(tiles, sums);
 }
 
 #[inline(always)]
-fn clear() {
-    // SAFETY: the tiles are configured.
+fn store(tiles: &Tiles, sums: &mut [Tile; BLOCK]) {
+    let targets = sums.each_mut().map(|sums| (&raw mut *sums).cast());
+    // SAFETY: each is a tile.
     #[allow(unsafe_code)]
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            options(nomem, nostack, preserves_flags)
-        );
-    }
-}
-
-#[inline(always)]
-fn store(sums: &mut [Tile; BLOCK]) {
-    // SAFETY: the tiles are configured, and each takes 16 rows of 64 bytes.
-    #[allow(unsafe_code)]
-    unsafe {
-        asm!(
-            "tilestored [{p} + {line}*1], tmm0",
-            "tilestored [{p} + {line}*1 + 1024], tmm1",
-            "tilestored [{p} + {line}*1 + 2048], tmm2",
-            "tilestored [{p} + {line}*1 + 3072], tmm3",
-            p = in(reg) sums, line = in(reg) LINE_BYTES, options(nostack, preserves_flags)
-        );
+        tiles.store(targets, LINE_BYTES);
     }
 }
