@@ -8,10 +8,13 @@ its neighbours, because digests and copies take processor time that decoding wan
 
 Setup. Two engine processes share two cores here: one computing thread each, pinned to a core of its own; the threads
 that copy, the front-end and this client take what time they find on both. See fleet.py. A gap is the longest time
-between two tokens that the client saw from the order until some tokens behind the move; `gap_steps` is it in median
-steps of the same stream outside its moves. `none` is the longest of as many steps without a move. Plain keys are live
-copies over shared memory; `_tcp` and `_gbit` (TCP throttled to 1 Gbit/s) name the others. Correctness first: the moved
-streams' tokens are the unmoved one's.
+between two tokens that the client saw at the hand-over: from the step before the last one of the source until some
+tokens of the destination, so as many steps for any length; `gap_steps` is it in median steps of the same stream outside
+its moves, `gap_none` the longest of as many steps without a move. Copying before that takes the longer the longer the
+request is, a hundred steps and more: `copying_slowdown_pct` is its median step over the stream's, `longest_ms` the
+longest step from the order on, which is mostly the worst that the machine did in that time. Plain keys are live copies
+over shared memory; `_tcp` and `_gbit` (TCP throttled to 1 Gbit/s) name the others. Correctness first: moved streams'
+tokens are the unmoved one's.
 
 Neighbours decode on both engines while a request of `neighbour_length` tokens leaves: see neighbours.py for what is
 compared with what. `neighbour_delay_ms` is what a move added up to for each of them. Pools are written once before
@@ -64,6 +67,9 @@ class Move:
     gap_s: float
     step_s: float
     none_s: float
+    copying_s: float | None
+    """Median step while it was copied; None: it was handed over at once."""
+    longest_s: float
     report: MoveReport
 
     @property
@@ -139,13 +145,20 @@ class Bench:
 
 
 def _seen(times: Sequence[float], ordered: float, num_tokens: int, report: MoveReport) -> Move:
-    """Gap, median step, and the longest of as many steps without a move; the first tokens are left out."""
+    """What the client saw, and the longest of as many steps without a move; the first tokens are left out."""
     steps = [after - before for before, after in pairwise(times)]
     first = next(n for n, at in enumerate(times) if n >= report.tokens and at > ordered) - 1
-    last = next((n for n in range(first, len(steps)) if times[n + 1] > ordered + report.seconds), len(steps) - 1)
-    window = steps[first : last + AFTER]
-    calm = steps[2 : num_tokens - 1] + steps[last + AFTER :]
-    return Move(max(window), statistics.median(calm), max(calm[: len(window)]), report)
+    landed = next((n for n in range(first, len(steps)) if times[n + 1] > ordered + report.seconds), len(steps) - 1)
+    copying, window = steps[first : landed - 1], steps[max(first, landed - 1) : landed + AFTER]
+    calm = steps[2 : num_tokens - 1] + steps[landed + AFTER :]
+    return Move(
+        gap_s=max(window),
+        step_s=statistics.median(calm),
+        none_s=max(calm[: len(window)]),
+        copying_s=statistics.median(copying) if copying else None,
+        longest_s=max(copying + window),
+        report=report,
+    )
 
 
 async def gaps(bench: Bench, length: int, options: argparse.Namespace, *, replays: bool) -> dict[str, Any]:
@@ -187,9 +200,12 @@ def _figures(length: int, found: dict[tuple[str, str], list[Move]]) -> dict[str,
             figures |= {
                 f"gap_none_ms_{key}": round(none * 1e3, 1),
                 f"gap_none_steps_{key}": round(statistics.median(m.none_s / m.step_s for m in moves), 2),
+                f"longest_ms_{key}": round(statistics.median(m.longest_s for m in moves) * 1e3, 1),
                 f"step_ms_{key}": round(step * 1e3, 1),
                 f"move_ms_{key}": round(statistics.median(m.report.seconds for m in moves) * 1e3, 1),
             }
+            if copying := [move.copying_s / move.step_s - 1 for move in moves if move.copying_s is not None]:
+                figures[f"copying_slowdown_pct_{key}"] = round(statistics.median(copying) * 100, 1)
         print(
             f"{name:>5} {way:8} {transport:5} gap {gap * 1e3:9.1f} ms = {steps:7.2f} steps; {last.bytes / 1e6:7.1f} MB "
             f"in {last.stages} stages, {last.seconds * 1e3:8.1f} ms", flush=True

@@ -16,11 +16,23 @@ REPORT = MoveReport(
 )  # fmt: skip
 
 
-def test_a_gap_is_the_longest_wait_from_the_order_on_and_steps_are_those_without_a_move() -> None:
+def test_a_gap_is_the_longest_wait_at_the_hand_over_and_steps_are_those_without_a_move() -> None:
     times = [float(n) for n in range(12)]
     times += [times[-1] + 2.5, *(times[-1] + 2.5 + n for n in range(1, 12))]
-    move = migrate._seen(times, ordered=9.5, num_tokens=10, report=REPORT)
+    move = migrate._seen(times, ordered=9.5, num_tokens=10, report=replace(REPORT, seconds=3.5))
     assert (move.gap_s, move.step_s, move.none_s, move.steps) == (2.5, 1.0, 1.0, 2.5)
+
+
+def test_what_happens_while_it_is_copied_is_no_gap_but_a_slow_down() -> None:
+    copied = [10.0 + 1.5 * n for n in range(21)]  # 40.0 at the end, one of them late
+    copied[5:] = [at + 4.0 for at in copied[5:]]
+    times = [*map(float, range(10)), *copied, *(45.0 + n for n in range(12))]
+    move = migrate._seen(times, ordered=9.5, num_tokens=10, report=replace(REPORT, seconds=35.0))
+    assert (move.gap_s, move.step_s, move.copying_s, move.longest_s) == (1.5, 1.0, 1.5, 5.5)
+    blocked = migrate._seen(
+        [*map(float, range(10)), *(40.0 + n for n in range(12))], 9.5, 10, replace(REPORT, seconds=30)
+    )
+    assert (blocked.gap_s, blocked.copying_s, blocked.longest_s) == (31.0, None, 31.0)
 
 
 def test_a_wait_before_the_order_is_no_gap_of_the_move() -> None:
