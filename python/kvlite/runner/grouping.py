@@ -73,7 +73,8 @@ def _decodes(
 ) -> list[Callable[[], None]]:
     """Attention of pairs of decoding sequences that share `splits` splits and have a key each: apart, and as groups."""
     heads, dim, num_keys, num_seqs = config.num_heads, config.head_dim, splits * SPLIT, 2 * num_pairs
-    cache = like.new_zeros(num_pairs * (splits + 2), 2, SPLIT, config.num_kv_heads, dim)
+    # A head's vectors lie together in each block, as in the pool.
+    cache = like.new_zeros(num_pairs * (splits + 2), 2, config.num_kv_heads, SPLIT, dim).transpose(2, 3)
     q, out = like.new_zeros(num_seqs, heads, dim), like.new_empty(num_seqs, heads, dim)
     lse = like.new_empty(num_seqs, heads, dtype=torch.float32)
     # As wide for every prefix: a kernel is compiled for the splits that a table has room for.

@@ -64,7 +64,7 @@ pub(super) fn piece<A: Element, W: Element>(
     let part = x.chunks.div_ceil(parts);
     // What fits the cache whole needs no second look at the weights.
     let block = if x.values.len() <= PART_LINES * DOT * LANES { 1 } else { BLOCK };
-    let ahead = AHEAD.max(if block == 1 { 0 } else { block * args.weight.dim * size_of::<bf16>() });
+    let ahead = (2 * AHEAD).max(if block == 1 { 0 } else { block * args.weight.dim * size_of::<bf16>() });
     let mut waiting = vec![[_mm512_setzero_ps(); 2 * NATIVE_GROUP]; block];
     for start in streams.clone().step_by(block) {
         let block = start..streams.end.min(start + block);
@@ -138,8 +138,8 @@ fn tile<const R: usize>(
     };
     let whole = chunks.start..chunks.end.min(w0.len());
     for ((x, w0), w1) in x[whole.clone()].iter().zip(&w0[whole.clone()]).zip(&w1[whole]) {
-        fetch::<_MM_HINT_T0>(w0, ahead);
-        fetch::<_MM_HINT_T0>(w1, ahead);
+        fetch::<_MM_HINT_T1>(w0, ahead);
+        fetch::<_MM_HINT_T1>(w1, ahead);
         add(x, [load(w0), load(w1)]);
     }
     if chunks.end < x.len() {
