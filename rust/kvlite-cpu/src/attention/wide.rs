@@ -12,20 +12,22 @@
 
 mod product;
 mod tiles;
+mod values;
 mod words;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use self::product::{Lying, Turned, add_product, round};
+use self::product::{ASK_WORDS, Turned, add_product, round};
+use self::values::Values;
 use self::words::{PANEL, Row, lanes_of, load, transposed, word};
 use super::parts::Results;
 use super::plan;
-use super::{AHEAD, Attention, find, merge, weigh};
-use crate::Element;
+use super::{AHEAD, Attention, find, find_runs, merge, weigh};
 use crate::isa::{Isa, Kind};
-use crate::lanes::{Ahead, LANES, Lane, SCORES, SPLIT, fetch};
+use crate::lanes::{Ahead, LANES, SCORES, SPLIT, fetch};
 use crate::tiles::Tile;
+use crate::{Element, KvCache};
 
 /// Most lines that meet a panel together: their sums fill 16 of 32 registers.
 const LINES: usize = 8;
@@ -127,8 +129,11 @@ impl<'a, E: Element> Walk<'a, '_, E> {
         self.start::<NATIVE>(results);
         let lines = self.lines();
         for split in self.splits() {
-            let keys = self.find_keys(split, AHEAD);
-            self.turn_keys::<NATIVE>(keys, true);
+            let first = split <= self.tile.keys.start;
+            let keys = self.find_keys(split, if first { AHEAD } else { 0 });
+            let panels = SPLIT / PANEL + self.dim() / PANEL * (SPLIT / word(NATIVE) / ASK_WORDS);
+            self.look_ahead(split, first, self.turns::<NATIVE>() + lines.div_ceil(LINES) * panels);
+            self.turn_keys::<NATIVE>(keys, first);
             for first in (0..lines).step_by(LINES) {
                 by_lines!(lines - first, self.score_lines(first, split));
             }
@@ -164,6 +169,33 @@ impl<'a, E: Element> Walk<'a, '_, E> {
             find(layout, table, found.clone(), self.kv_head, offsets);
         }
         keys.start - split..keys.end - split
+    }
+
+    /// Notes what is read after the keys of the split at `split`: its values, if it is the first one, and the next split;
+    /// all of it is asked for in so many `times`.
+    fn look_ahead(&mut self, split: usize, first: bool, times: usize) {
+        let (args, keys, table) = (self.args, self.tile.keys.clone(), self.table());
+        let ahead = &mut self.scratch.ahead;
+        ahead.clear();
+        let mut ask = |cache: &KvCache<'_, E>, start: usize| {
+            let (layout, step) = (&cache.layout, cache.layout.offset(0, 1, 0));
+            let range = start.max(keys.start)..keys.end.min(split + 2 * SPLIT);
+            find_runs(layout, table, range, self.kv_head, |first, run| {
+                if step == layout.dim {
+                    ahead.push(&cache.values[first..][..run * step]);
+                } else {
+                    (0..run).for_each(|i| ahead.push(&cache.values[first + i * step..][..layout.dim]));
+                }
+            });
+        };
+        ask(&args.v_cache, if first { split } else { split + SPLIT });
+        ask(&args.k_cache, split + SPLIT);
+        ahead.within(times);
+    }
+
+    /// Squares of the split's keys that are turned.
+    fn turns<const NATIVE: bool>(&self) -> usize {
+        SPLIT / LANES * (self.words::<NATIVE>() / LANES)
     }
 
     fn write(self, results: &mut Results<'_, '_, E>) {
@@ -226,7 +258,7 @@ impl<'a, E: Element> Walk<'a, '_, E> {
         }
     }
 
-    /// Panels of the split's keys; lanes without a key are anything. Asks for the next ones, or for what is ahead.
+    /// Panels of the split's keys; lanes without a key are anything. Asks for those that come soon, if nobody has.
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
     #[inline(never)]
     fn turn_keys<const NATIVE: bool>(&mut self, keys: Range<usize>, asks: bool) {
@@ -238,12 +270,12 @@ impl<'a, E: Element> Walk<'a, '_, E> {
                 let ahead = key_offsets.get(first + AHEAD..).unwrap_or(&[]);
                 ahead.iter().take(LANES).for_each(|&offset| fetch(cache, offset, dim));
             }
-            ahead.ask();
             let (panel, half) = (&mut panels[first / PANEL * words..][..words], first / LANES % 2);
             // The nearest key stands for those that are not there.
             let offsets: [usize; LANES] =
                 std::array::from_fn(|i| key_offsets[(first + i).clamp(keys.start, keys.end - 1)]);
             for (block, rows) in panel.chunks_exact_mut(LANES).enumerate() {
+                ahead.ask();
                 let square = transposed(offsets.map(|offset| load::<E, NATIVE>(cache, offset, dim, block)));
                 for i in 0..LANES {
                     rows[i].0[half] = lanes_of(square[i]);
@@ -258,7 +290,7 @@ impl<'a, E: Element> Walk<'a, '_, E> {
     fn score_lines<const G: usize, const P: usize, const NATIVE: bool>(&mut self, first: usize, split: usize) {
         let words = self.words::<NATIVE>();
         let seen: [Range<usize>; G] = std::array::from_fn(|g| self.seen(first + g, split));
-        let Scratch { q, keys, scores, weights, new, .. } = &mut *self.scratch;
+        let Scratch { q, keys, scores, weights, new, ahead, .. } = &mut *self.scratch;
         let seeing = || seen.iter().filter(|keys| !keys.is_empty());
         let start = seeing().map(|keys| keys.start / PANEL).min().unwrap_or(0);
         let end = seeing().map(|keys| keys.end.div_ceil(PANEL)).max().unwrap_or(0);
@@ -266,8 +298,8 @@ impl<'a, E: Element> Walk<'a, '_, E> {
         for scores in scores.chunks_exact_mut(SCORES).take(G) {
             scores[start * PANEL..end * PANEL].fill(0.0);
         }
-        let right = Turned { rows: keys, words };
-        add_product::<G, P, NATIVE>(q, right, start..end, (scores.as_chunks_mut().0, SCORES / LANES));
+        let mut right = Turned { rows: keys, words, ahead };
+        add_product::<G, P, NATIVE>(q, &mut right, start..end, (scores.as_chunks_mut().0, SCORES / LANES));
         for (g, keys) in seen.iter().enumerate().filter(|(_, keys)| !keys.is_empty()) {
             let scores = &mut scores[g * SCORES..][..SCORES];
             let len = SPLIT / word(NATIVE);
@@ -282,9 +314,8 @@ impl<'a, E: Element> Walk<'a, '_, E> {
     fn add_lines<const G: usize, const P: usize, const NATIVE: bool>(&mut self, first: usize, split: usize) {
         let (dim, len) = (self.dim(), SPLIT / word(NATIVE));
         let seen: [Range<usize>; G] = std::array::from_fn(|g| self.seen(first + g, split));
-        let Scratch { value_offsets, weights, partial, new, state, acc, .. } = &mut *self.scratch;
+        let Scratch { value_offsets, weights, partial, new, state, acc, ahead, .. } = &mut *self.scratch;
         let values = Values { cache: self.args.v_cache.values, dim: self.args.q.dim, offsets: value_offsets };
-        let ahead = if first == 0 { value_offsets.get(AHEAD..).unwrap_or(&[]) } else { &[] };
         let weights: [&[u32]; G] = std::array::from_fn(|g| &weights[(first + g) * len..][..len]);
         let partial = partial.as_chunks_mut().0;
         let partial = &mut partial[..G * dim / LANES];
@@ -298,12 +329,12 @@ impl<'a, E: Element> Walk<'a, '_, E> {
             let common = start..end.max(start);
             for (g, keys) in seen.iter().enumerate() {
                 let partial = &mut partial[g * dim / LANES..][..dim / LANES];
-                values.add::<1, 2, NATIVE>([weights[g]], keys.start..keys.end.min(common.start), &[], partial);
+                values.add::<1, 2, NATIVE>([weights[g]], keys.start..keys.end.min(common.start), ahead, partial);
             }
             values.add::<G, P, NATIVE>(weights, common.clone(), ahead, partial);
             for (g, keys) in seen.iter().enumerate() {
                 let partial = &mut partial[g * dim / LANES..][..dim / LANES];
-                values.add::<1, 2, NATIVE>([weights[g]], keys.start.max(common.end)..keys.end, &[], partial);
+                values.add::<1, 2, NATIVE>([weights[g]], keys.start.max(common.end)..keys.end, ahead, partial);
             }
         }
         let partial = partial.as_flattened();
@@ -337,45 +368,4 @@ fn weights_of<const NATIVE: bool>(
         weights.iter_mut().zip(&*scores).for_each(|(weight, score)| *weight = score.to_bits());
     }
     new
-}
-
-/// Values of a split.
-#[derive(Clone, Copy)]
-struct Values<'a, E> {
-    cache: &'a [E],
-    dim: usize,
-    offsets: &'a [usize],
-}
-
-impl<E: Element> Values<'_, E> {
-    /// `sums` [G, dim] += weights x values of `keys`; those at `ahead` are fetched meanwhile.
-    ///
-    /// Where `keys` begin or end within a word, the other half's weight is 0, and the seen value stands for the other too,
-    /// which may be NaN.
-    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
-    fn add<const G: usize, const P: usize, const NATIVE: bool>(
-        self,
-        weights: [&[u32]; G],
-        keys: Range<usize>,
-        ahead: &[usize],
-        sums: &mut [Lane],
-    ) {
-        let stride = sums.len() / G;
-        let mut add = |words: Range<usize>, offsets: &[usize], ahead: &[usize]| {
-            let weights = weights.map(|weights| &weights[words.clone()]);
-            let values = Lying { cache: self.cache, dim: self.dim, offsets, ahead };
-            add_product::<G, P, NATIVE>(weights, values, 0..stride / 2, (&mut *sums, stride));
-        };
-        let whole = keys.start.div_ceil(word(NATIVE))..keys.end / word(NATIVE);
-        if keys.start < whole.start * word(NATIVE) && !keys.is_empty() {
-            add(whole.start - 1..whole.start, &[self.offsets[keys.start]; 2], &[]);
-        }
-        if !whole.is_empty() {
-            let keys = whole.start * word(NATIVE)..whole.end * word(NATIVE);
-            add(whole.clone(), &self.offsets[keys.clone()], ahead.get(keys.start..).unwrap_or(&[]));
-        }
-        if whole.end * word(NATIVE) < keys.end && !keys.is_empty() {
-            add(whole.end..whole.end + 1, &[self.offsets[keys.end - 1]; 2], &[]);
-        }
-    }
 }

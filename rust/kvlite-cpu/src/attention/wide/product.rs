@@ -10,52 +10,53 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::words::{Row, bf16s, floats, interleaved, lane, load, pairs, vectors, word};
+use super::words::{Row, bf16s, floats, interleaved, lane, load, pairs, vectors};
 use crate::Element;
-use crate::lanes::{LANES, Lane, fetch};
+use crate::lanes::{Ahead, LANES, Lane};
+
+/// Words between two requests for what is ahead.
+pub(super) const ASK_WORDS: usize = 8;
 
 /// The right side: word `k` of a panel.
-pub(super) trait Right: Copy {
+pub(super) trait Right {
     /// # Safety
     /// The machine has AVX-512 F, VL and BW.
     #[allow(unsafe_code)]
-    unsafe fn row<const NATIVE: bool>(&self, panel: usize, k: usize) -> [__m512i; 2];
+    unsafe fn row<const NATIVE: bool>(&mut self, panel: usize, k: usize) -> [__m512i; 2];
 }
 
-/// Panels of turned keys, each of so many words.
-#[derive(Clone, Copy)]
+/// Panels of turned keys, each of so many words; between two panels, what is ahead is asked for.
 pub(super) struct Turned<'a> {
     pub(super) rows: &'a [Row],
     pub(super) words: usize,
+    pub(super) ahead: &'a mut Ahead,
 }
 
 #[allow(unsafe_code)]
 impl Right for Turned<'_> {
     #[inline(always)]
-    unsafe fn row<const NATIVE: bool>(&self, panel: usize, k: usize) -> [__m512i; 2] {
+    unsafe fn row<const NATIVE: bool>(&mut self, panel: usize, k: usize) -> [__m512i; 2] {
+        if k == 0 {
+            self.ahead.ask();
+        }
         vectors(self.rows[panel * self.words + k])
     }
 }
 
-/// Values where they lie in the cache, one or two to a word.
-#[derive(Clone, Copy)]
+/// Values where they lie in the cache, one or two to a word; every few words, what is ahead is asked for.
 pub(super) struct Lying<'a, E> {
     pub(super) cache: &'a [E],
     pub(super) dim: usize,
     pub(super) offsets: &'a [usize],
-    /// Values to fetch meanwhile, one for each of `offsets` or fewer.
-    pub(super) ahead: &'a [usize],
+    pub(super) ahead: &'a mut Ahead,
 }
 
 #[allow(unsafe_code)]
 impl<E: Element> Right for Lying<'_, E> {
     #[inline(always)]
-    unsafe fn row<const NATIVE: bool>(&self, panel: usize, k: usize) -> [__m512i; 2] {
-        let ahead = self.ahead.get(k * word(NATIVE)..(k + 1) * word(NATIVE));
-        if panel == 0
-            && let Some(ahead) = ahead
-        {
-            ahead.iter().for_each(|&offset| fetch(self.cache, offset, self.dim));
+    unsafe fn row<const NATIVE: bool>(&mut self, panel: usize, k: usize) -> [__m512i; 2] {
+        if k.is_multiple_of(ASK_WORDS) {
+            self.ahead.ask();
         }
         // SAFETY: the caller's promise.
         unsafe {
@@ -82,7 +83,7 @@ impl<E: Element> Right for Lying<'_, E> {
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
 pub(super) fn add_product<const G: usize, const P: usize, const NATIVE: bool>(
     left: [&[u32]; G],
-    right: impl Right,
+    right: &mut impl Right,
     panels: Range<usize>,
     (sums, stride): (&mut [Lane], usize),
 ) {
@@ -102,7 +103,7 @@ pub(super) fn add_product<const G: usize, const P: usize, const NATIVE: bool>(
 #[inline]
 fn tile<const G: usize, const P: usize, const NATIVE: bool>(
     left: [&[u32]; G],
-    right: impl Right,
+    right: &mut impl Right,
     panel: usize,
     sums: &mut [Lane],
     stride: usize,
@@ -125,7 +126,7 @@ macro_rules! tile {
         #[inline(never)] // inlined into one function, these loops spill each other's registers
         fn $name<const G: usize, const P: usize, R: Right>(
             left: [&[u32]; G],
-            right: R,
+            right: &mut R,
             panel: usize,
             sums: &mut [Lane],
             stride: usize,

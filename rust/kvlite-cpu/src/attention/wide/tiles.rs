@@ -15,11 +15,11 @@ use std::ops::Range;
 
 use super::words::{PANEL, Row, interleaved, load, word};
 use super::{Scratch, Walk, merge, weights_of};
+use crate::attention::AHEAD;
 use crate::attention::parts::Results;
-use crate::attention::{AHEAD, find_runs};
 use crate::lanes::{LANES, LINE_BYTES, SCORES, SPLIT};
 use crate::tiles::{Tile, Tiles};
-use crate::{Element, KvCache, bf16};
+use crate::{Element, bf16};
 
 /// Tiles that one left tile meets.
 const RIGHT: usize = 4;
@@ -41,7 +41,8 @@ impl<E: Element> Walk<'_, '_, E> {
         for split in self.splits() {
             let first = split <= self.tile.keys.start;
             let keys = self.find_keys(split, if first { AHEAD } else { 0 });
-            self.look_ahead(split, first);
+            let groups = self.lines().div_ceil(LANES) * (SPLIT / CHUNK / 2 + SPLIT / LANES / RIGHT);
+            self.look_ahead(split, first, self.turns::<true>() + SPLIT / CHUNK + self.lines() + groups);
             self.turn_keys::<true>(keys.clone(), first);
             let finite = self.pack_values(keys);
             for first in (0..self.lines()).step_by(LANES) {
@@ -59,28 +60,6 @@ impl<E: Element> Walk<'_, '_, E> {
         }
         drop(tiles);
         self.write(results);
-    }
-
-    /// Notes what is read after the keys of the split at `split`: its values, if it is the first one, and the next split.
-    fn look_ahead(&mut self, split: usize, first: bool) {
-        let (args, keys, table, lines) = (self.args, self.tile.keys.clone(), self.table(), self.lines());
-        let ahead = &mut self.scratch.ahead;
-        ahead.clear();
-        let mut ask = |cache: &KvCache<'_, E>, start: usize| {
-            let (layout, step) = (&cache.layout, cache.layout.offset(0, 1, 0));
-            let range = start.max(keys.start)..keys.end.min(split + 2 * SPLIT);
-            find_runs(layout, table, range, self.kv_head, |first, run| {
-                if step == layout.dim {
-                    ahead.push(&cache.values[first..][..run * step]);
-                } else {
-                    (0..run).for_each(|i| ahead.push(&cache.values[first + i * step..][..layout.dim]));
-                }
-            });
-        };
-        ask(&args.v_cache, if first { split } else { split + SPLIT });
-        ask(&args.k_cache, split + SPLIT);
-        let groups = lines.div_ceil(LANES);
-        ahead.within(SPLIT / LANES + SPLIT / CHUNK + lines + groups * (SPLIT / CHUNK / 2 + SPLIT / LANES / RIGHT));
     }
 
     /// Those of the split's values, pairs of keys side by side, zeros beside them; returns whether all are finite.
