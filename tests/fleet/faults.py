@@ -205,6 +205,9 @@ class Yard:
         await self.all_up()
 
     async def all_up(self) -> None:
+        """Every engine is up, and no link is frozen that somebody still waits on."""
+        for proxy in list(self._proxies.values()):
+            await proxy.thawed()
         for engine in self.fleet.states:
             await self.fleet.until_up(engine)
 

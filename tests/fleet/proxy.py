@@ -82,6 +82,12 @@ class Proxy:
         """That ever came."""
         return len(self._pairs)
 
+    async def thawed(self) -> None:
+        """Returns when whoever was on a frozen connection has given it up."""
+        for pair in list(self._pairs):
+            if pair.frozen:
+                await pair.closed.wait()
+
     def cut(self) -> None:
         """Ends every connection that is there now, without a word."""
         for pair in self._pairs:
@@ -128,12 +134,14 @@ class _Pair:
         self._inline = caller.family != socket.AF_UNIX
         self._decide = decide
         self._windows: list[int] = []
-        self._frozen = False
+        self.frozen = False
+        self.closed = asyncio.Event()
         self._held: list[list[bytes]] = [[], []]
 
     def close(self) -> None:
         for wire in self._wires:
             wire.close()
+        self.closed.set()
 
     async def pump(self, upward: bool) -> None:
         source, target = self._wires[upward], self._wires[not upward]
@@ -163,8 +171,8 @@ class _Pair:
         payload = await source.read(payload_len, inside=True) if self._inline else b""
         decided = self._decide(Seen(upward, channel, sequence, frame, payload_len))
         fault = decided if isinstance(decided, Fault) else await decided
-        self._frozen = self._frozen or fault is Fault.FREEZE
-        if self._frozen or fault is Fault.DROP:
+        self.frozen = self.frozen or fault is Fault.FREEZE
+        if self.frozen or fault is Fault.DROP:
             return
         parts = [header, frame, payload]
         flipped = {Fault.FLIP_HEADER: 0, Fault.FLIP_FRAME: 1, Fault.FLIP_PAYLOAD: 2}.get(fault)
