@@ -36,7 +36,7 @@ const LINES: usize = 8;
 struct Scratch {
     /// Queries of the tile, [lines, words].
     q: Vec<u32>,
-    /// Where the keys of the split that any line sees, and some behind it, start; 0 for those before.
+    /// Where the keys of the split that any line sees start; 0 for those before.
     key_offsets: Vec<usize>,
     /// As `key_offsets`.
     value_offsets: Vec<usize>,
@@ -128,12 +128,9 @@ impl<'a, E: Element> Walk<'a, '_, E> {
     fn run<const NATIVE: bool>(mut self, results: &mut Results<'_, '_, E>) {
         self.start::<NATIVE>(results);
         let lines = self.lines();
+        let panels = SPLIT / PANEL + self.dim() / PANEL * (SPLIT / word(NATIVE) / ASK_WORDS);
         for split in self.splits() {
-            let first = split <= self.tile.keys.start;
-            let keys = self.find_keys(split, if first { AHEAD } else { 0 });
-            let panels = SPLIT / PANEL + self.dim() / PANEL * (SPLIT / word(NATIVE) / ASK_WORDS);
-            self.look_ahead(split, first, self.turns::<NATIVE>() + lines.div_ceil(LINES) * panels);
-            self.turn_keys::<NATIVE>(keys, first);
+            self.begin_split::<NATIVE>(split, lines.div_ceil(LINES) * panels);
             for first in (0..lines).step_by(LINES) {
                 by_lines!(lines - first, self.score_lines(first, split));
             }
@@ -154,11 +151,22 @@ impl<'a, E: Element> Walk<'a, '_, E> {
         (self.tile.keys.start / SPLIT * SPLIT..self.tile.keys.end).step_by(SPLIT)
     }
 
-    /// Finds the keys and values of a split and `more` behind it; returns which of the split's there are.
-    fn find_keys(&mut self, split: usize, more: usize) -> Range<usize> {
+    /// Finds the keys and values of a split and turns the keys; returns which of the split's there are. What is read after
+    /// them is asked for meanwhile, and so many `times` later on.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx2,fma")]
+    fn begin_split<const NATIVE: bool>(&mut self, split: usize, times: usize) -> Range<usize> {
+        let is_first = split <= self.tile.keys.start;
+        let squares = SPLIT / LANES * (self.words::<NATIVE>() / LANES);
+        let keys = self.find_keys(split);
+        self.look_ahead(split, is_first, squares + times);
+        self.turn_keys::<NATIVE>(keys.clone(), is_first);
+        keys
+    }
+
+    /// Finds the keys and values of a split; returns which of the split's there are.
+    fn find_keys(&mut self, split: usize) -> Range<usize> {
         let (args, tile) = (self.args, self.tile);
         let keys = split.max(tile.keys.start)..tile.keys.end.min(split + SPLIT);
-        let found = keys.start..tile.keys.end.min(keys.end + more);
         let table = self.table();
         for (layout, offsets) in [
             (&args.k_cache.layout, &mut self.scratch.key_offsets),
@@ -166,7 +174,7 @@ impl<'a, E: Element> Walk<'a, '_, E> {
         ] {
             offsets.clear();
             offsets.resize(keys.start - split, 0);
-            find(layout, table, found.clone(), self.kv_head, offsets);
+            find(layout, table, keys.clone(), self.kv_head, offsets);
         }
         keys.start - split..keys.end - split
     }
@@ -191,11 +199,6 @@ impl<'a, E: Element> Walk<'a, '_, E> {
         ask(&args.v_cache, if first { split } else { split + SPLIT });
         ask(&args.k_cache, split + SPLIT);
         ahead.within(times);
-    }
-
-    /// Squares of the split's keys that are turned.
-    fn turns<const NATIVE: bool>(&self) -> usize {
-        SPLIT / LANES * (self.words::<NATIVE>() / LANES)
     }
 
     fn write(self, results: &mut Results<'_, '_, E>) {

@@ -15,7 +15,6 @@ use std::ops::Range;
 
 use super::words::{PANEL, Row, interleaved, load, word};
 use super::{Scratch, Walk, merge, weights_of};
-use crate::attention::AHEAD;
 use crate::attention::parts::Results;
 use crate::lanes::{LANES, LINE_BYTES, SCORES, SPLIT};
 use crate::tiles::{Tile, Tiles};
@@ -38,12 +37,10 @@ impl<E: Element> Walk<'_, '_, E> {
         // SAFETY: `compute_tile` comes here only on a machine with AMX.
         #[allow(unsafe_code)]
         let tiles = unsafe { Tiles::new() };
+        let groups = self.lines().div_ceil(LANES) * (SPLIT / CHUNK / 2 + SPLIT / LANES / RIGHT);
+        let times = SPLIT / CHUNK + self.lines() + groups;
         for split in self.splits() {
-            let first = split <= self.tile.keys.start;
-            let keys = self.find_keys(split, if first { AHEAD } else { 0 });
-            let groups = self.lines().div_ceil(LANES) * (SPLIT / CHUNK / 2 + SPLIT / LANES / RIGHT);
-            self.look_ahead(split, first, self.turns::<true>() + SPLIT / CHUNK + self.lines() + groups);
-            self.turn_keys::<true>(keys.clone(), first);
+            let keys = self.begin_split::<true>(split, times);
             let finite = self.pack_values(keys);
             for first in (0..self.lines()).step_by(LANES) {
                 let lines = first..self.lines().min(first + LANES);
